@@ -234,7 +234,7 @@ def train(args: Args) -> dict:
 def require(condition: bool, message: str):
     """Leave with one line and exit code 2 unless the condition holds."""
     if not condition:
-        print(f"error: {message}", file=sys.stderr)
+        print("error:", *message.split(), file=sys.stderr)
         raise SystemExit(2)
 
 
@@ -293,7 +293,7 @@ def make_env(env_id: str, env_kwargs: str, film: Path | None = None) -> gym.Env:
         if film:
             env = gym.wrappers.RecordVideo(env, str(film), episode_trigger=lambda episode: episode == 0)
     except (gym.error.Error, ImportError, TypeError, ValueError) as error:
-        require(False, f"cannot make {env_id}: {' '.join(str(error).split())}")
+        require(False, f"cannot make {env_id}: {error}")
     return gym.wrappers.RecordEpisodeStatistics(env)
 
 
