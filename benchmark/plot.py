@@ -1,0 +1,100 @@
+"""Draw every learning curve and write benchmark/RESULTS.md from the curves in benchmark/results/.
+
+    python benchmark/plot.py
+
+A curve is the interquartile mean over seeds, its band the 95 % interval of a bootstrap over seeds (2000 resamples, each
+task a stratum of its own). What fails stands in the table as failing, what is unfinished or missing as such.
+"""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from scipy import stats
+from tasks import TASKS, Task
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmark" / "results"
+
+
+def read(path: Path) -> tuple[dict[str, str], np.ndarray]:
+    """A seed's notes (command, commit, state, …) and its evaluation points (points, 2): step, mean return."""
+    lines = path.read_text().splitlines()
+    notes = dict(line[2:].split(": ", 1) for line in lines if line.startswith("# "))
+    rows = [line for line in lines if line and not line.startswith("#")][1:]
+    return notes, np.array([[float(x) for x in row.split(",")] for row in rows])
+
+
+def iqm(values: np.ndarray, axis: int = -1) -> np.ndarray:
+    """Interquartile mean: the mean of the middle half."""
+    return stats.trim_mean(values, 0.25, axis=axis)
+
+
+def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """95 % bootstrap interval of the interquartile mean over the last axis (seeds); the mean itself for one seed."""
+    if values.shape[-1] < 2 or np.ptp(values) == 0:
+        return iqm(values), iqm(values)
+    seeds = np.random.default_rng(0).integers(values.shape[-1], size=(2000, values.shape[-1]))
+    low, high = np.percentile(iqm(values[..., seeds]), [2.5, 97.5], axis=-1)
+    return low, high
+
+
+def draw(task: Task, curves: list[np.ndarray]):
+    """results/<task>/curve.png: each seed thin; the interquartile mean and its interval at the steps that all have."""
+    steps = sorted(set.intersection(*(set(curve[:, 0]) for curve in curves)))
+    values = np.array([[dict(curve)[step] for curve in curves] for step in steps])  # (points, seeds)
+    low, high = interval(values)
+    figure, axes = plt.subplots(figsize=(5, 3.2), layout="constrained")
+    for curve in curves:
+        axes.plot(*curve.T, color="C0", alpha=0.3, linewidth=0.8)
+    axes.fill_between(steps, low, high, color="C0", alpha=0.2, linewidth=0)
+    axes.plot(steps, iqm(values), color="C0", marker="." if len(steps) < 3 else None)
+    axes.axhline(task.threshold, color="C3", linestyle="--", linewidth=1, label=f"threshold {task.threshold:g}")
+    axes.set(title=task.name.replace("__", ", "), xlabel="environment steps", ylabel="return")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="lower right")
+    figure.savefig(RESULTS / task.name / "curve.png", dpi=110)
+    plt.close(figure)
+
+
+def row(task: Task) -> str:
+    """The task's line of the table."""
+    start = f"| {Path(task.script).stem} | {task.name.split('__')[1]} | {task.threshold:g} | {task.source} |"
+    paths = sorted((RESULTS / task.name).glob("seed*.csv"), key=lambda path: int(path.stem[4:]))
+    if not paths:
+        return f"{start} | | not run yet | |"
+    seeds = [read(path) for path in paths]
+    curves = [curve for _, curve in seeds]
+    draw(task, curves)
+    last = np.array([curve[-1, 1] for curve in curves])
+    finished = [notes["state"] == "finished" for notes, _ in seeds]
+    passed = sum(value >= task.threshold - 1e-3 and done for value, done in zip(last, finished))
+    low, high = interval(last)
+    verdict = "passed" if passed >= task.needed else "**failed**" if sum(finished) >= task.seeds else "unfinished"
+    ends = [f"{value:.2f}" for value in last]
+    ends = [end if done else f"{end} at step {curve[-1, 0]:.0f}" for end, curve, done in zip(ends, curves, finished)]
+    command = seeds[0][0]["command"].replace("--seed 1", "--seed …")
+    return (
+        f"{start} {iqm(last):.2f} [{low:.2f}, {high:.2f}] ([curve](results/{task.name}/curve.png)) | {', '.join(ends)} | "
+        f"{verdict}: {passed} of {len(last)}, {task.needed} needed | `{command}` ({seeds[0][0]['commit']}) |"
+    )
+
+
+HEAD = """# Results
+
+Written by `python benchmark/plot.py` from the curves in `benchmark/results/`, which `python benchmark/run.py` measured.
+The result is the mean return of the last evaluation: interquartile mean over seeds with its 95 % bootstrap interval, then
+each seed. Every seed's file in `results/` names its command and the commit of its script.
+
+| algorithm | task | threshold | source of the threshold | result | each seed | passed | command (commit) |
+|---|---|--:|---|---|---|---|---|
+"""
+
+
+if __name__ == "__main__":
+    table = "\n".join(row(task) for task in TASKS) + "\n"
+    (ROOT / "benchmark" / "RESULTS.md").write_text(HEAD + table)
+    print(table)

@@ -1,0 +1,101 @@
+"""What each algorithm must reach: the command, the threshold and where the threshold comes from.
+
+A task passes when at least `needed` of its seeds reach `threshold` (mean return of the last evaluation).
+Sources: [exact] computed by dynamic programming or by hand, [ZOO] rl-baselines3-zoo, [CRL] CleanRL's benchmark,
+[TD3-LC] the learning curves of TD3's authors, [S&B] Sutton & Barto (2018).
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Task:
+    name: str
+    """<script>__<environment, and what tells it from another task>; the name of its folder in results/"""
+    script: str
+    """the script that runs, below the repository's root"""
+    args: str
+    """its command line, without --seed and --run-dir"""
+    threshold: float
+    """the mean return that a seed must reach"""
+    source: str
+    """where the threshold comes from"""
+    seeds: int = 3
+    """seeds 1, 2, …"""
+    needed: int = 2
+    """how many of them must reach the threshold"""
+
+
+TASKS = [
+    # --- q_learning ---------------------------------------------------------------------------------------------------
+    Task(
+        "q_learning__CliffWalking-v1",
+        "algos/q_learning.py",
+        "--env-id CliffWalking-v1",
+        -13,
+        "[exact] shortest path",
+        5,
+        5,
+    ),
+    Task(
+        "q_learning__FrozenLake-v1_deterministic",
+        "algos/q_learning.py",
+        "--env-id FrozenLake-v1 --env-kwargs '{\"is_slippery\": false}' --gamma 0.99",
+        1.0,
+        "[exact] the goal is always reached",
+        seeds=5,
+        needed=5,
+    ),
+    Task(
+        "q_learning__FrozenLake-v1",
+        "algos/q_learning.py",
+        "--env-id FrozenLake-v1 --total-timesteps 500000 --alpha 0.05 --gamma 0.99 --epsilon 0.3 "
+        "--eval-every 50000 --eval-episodes 1000",
+        0.70,
+        "[exact] optimum 0.744 within the time limit, less 0.04",
+        seeds=5,
+        needed=3,
+    ),
+    Task(
+        "q_learning__Taxi-v4",
+        "algos/q_learning.py",
+        "--env-id Taxi-v4 --total-timesteps 200000 --eval-every 10000 --eval-episodes 1000",
+        7.7,
+        "[exact] optimum 7.930; 0.25 for 1000 episodes' chance",
+        seeds=5,
+        needed=5,
+    ),
+    # --- td3 ----------------------------------------------------------------------------------------------------------
+    Task(
+        "td3__InvertedPendulum-v5",
+        "algos/td3.py",
+        "--env-id InvertedPendulum-v5 --total-timesteps 30000 --learning-starts 1000 --learning-rate "
+        "0.001 --batch-size 100 --eval-every 5000",
+        950,
+        "[TD3-LC] 1000 ± 0 at 30k",
+    ),
+    Task(
+        "td3__Pendulum-v1",
+        "algos/td3.py",
+        "--env-id Pendulum-v1 --total-timesteps 20000 --gamma 0.98 --learning-rate 0.001 "
+        "--learning-starts 5000 --eval-every 2500 --eval-episodes 100",
+        -200,
+        "[ZOO] -151.9 ± 90.2 at 20k",
+    ),
+    Task(
+        "td3__HalfCheetah-v4_50k",
+        "algos/td3.py",
+        "--env-id HalfCheetah-v4 --total-timesteps 50000 --learning-starts 10000 --eval-every 5000",
+        1500,
+        "[TD3-LC] 3352 ± 851 at 50k, the least of 10 seeds 1578",
+    ),
+    Task(
+        "td3__HalfCheetah-v4",
+        "algos/td3.py",
+        "--env-id HalfCheetah-v4 --checkpoint-every 25000",
+        9583,
+        "[CRL] 9583 ± 126 at 1M",
+        seeds=1,
+        needed=1,
+    ),
+]
