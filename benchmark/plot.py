@@ -77,8 +77,9 @@ def row(task: Task) -> str:
     ends = [f"{value:.2f}" for value in last]
     ends = [end if done else f"{end} at step {curve[-1, 0]:.0f}" for end, curve, done in zip(ends, curves, finished)]
     command = seeds[0][0]["command"].replace("--seed 1", "--seed …")
+    result = f"{iqm(last):.2f} [{low:.2f}, {high:.2f}] ([curve](results/{task.name}/curve.png))"
     return (
-        f"{start} {iqm(last):.2f} [{low:.2f}, {high:.2f}] ([curve](results/{task.name}/curve.png)) | {', '.join(ends)} | "
+        f"{start} {result} | {', '.join(ends)} | "
         f"{verdict}: {passed} of {len(last)}, {task.needed} needed | `{command}` ({seeds[0][0]['commit']}) |"
     )
 
@@ -86,8 +87,8 @@ def row(task: Task) -> str:
 HEAD = """# Results
 
 Written by `python benchmark/plot.py` from the curves in `benchmark/results/`, which `python benchmark/run.py` measured.
-The result is the mean return of the last evaluation: interquartile mean over seeds with its 95 % bootstrap interval, then
-each seed. Every seed's file in `results/` names its command and the commit of its script.
+The result is the mean return of the last evaluation: interquartile mean over seeds, its 95 % bootstrap interval, then each
+seed. Every seed's file in `results/` names its command and the commit of its script.
 
 | algorithm | task | threshold | source of the threshold | result | each seed | passed | command (commit) |
 |---|---|--:|---|---|---|---|---|
