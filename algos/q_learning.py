@@ -181,11 +181,10 @@ class Run:
         require(min(args.eval_every, args.checkpoint_every) >= 0, "eval_every, checkpoint_every must not be negative")
         if args.resume:
             settings = Path(args.resume) / "args.json"
-            require(settings.is_file(), f"{args.resume} is not the folder of a run")
-            saved = json.loads(settings.read_text())
+            saved = json.loads(settings.read_text()) if settings.is_file() else {}
             given, default = asdict(args) | {"run_dir": args.resume}, asdict(type(args)())
             mine = saved.pop("script", "") == script and saved.keys() == given.keys()
-            require(mine, f"{args.resume} is not a run of this {script}")
+            require(mine, f"{args.resume} is not the folder of a run of this {script}")
             saved |= {"run_dir": args.resume, "resume": args.resume}
             typed = {word.split("=")[0].strip("-").replace("-", "_") for word in sys.argv[1:]}
             other = [k for k in given if given[k] != saved[k] and (given[k] != default[k] or k in typed)]
@@ -197,11 +196,12 @@ class Run:
     def start(self, last: int, **parts):
         """Open the folder; load the checkpoint of the run to resume, if there is one. The run ends at step `last`."""
         self.last, self.parts, self.step, self.seconds = last, parts, 0, 0.0
-        self.sums, self.next_log, self.next_line, self.status = {}, 0, 0.0, "no episode yet"
+        self.sums, self.next_line, self.status = {}, 30.0, "no episode yet"
         checkpoint = self.folder / "checkpoint.pt"
         if not self.args.resume:
             self.folder.mkdir(parents=True, exist_ok=True)
-            checkpoint.unlink(missing_ok=True)
+            for old in (checkpoint, self.folder / "result.json"):
+                old.unlink(missing_ok=True)
             (self.folder / "args.json").write_text(json.dumps({"script": self.script, **asdict(self.args)}, indent=1))
         elif checkpoint.exists():
             state = torch.load(checkpoint, map_location="cpu", weights_only=True)
@@ -218,8 +218,10 @@ class Run:
         """`count` more environment steps are done."""
         self.step, self.stride, self.seconds = self.step + count, count, time.perf_counter() - self.began
         self.bar.update(count)
-        if self.bar.disable and self.seconds > self.next_line + 30:  # no terminal: a line now and then
-            self.next_line = self.seconds
+        if self.due(max(self.last // 500, 1)):
+            self.flush()
+        if self.bar.disable and self.seconds > self.next_line:  # no terminal: a line now and then
+            self.next_line = self.seconds + 30
             print(f"{self.step}/{self.last} steps | {self.status} | {self.step / self.seconds:.0f} steps/s", flush=True)
 
     def due(self, every: int) -> bool:
@@ -231,14 +233,12 @@ class Run:
         for tag, value in scalars.items():
             total, count = self.sums.get(tag, (0.0, 0))
             self.sums[tag] = (total + value, count + 1)
-        if self.step >= self.next_log:
-            self.flush()
 
     def log_episode(self, episode: dict):
         """Collect the return r and the length l of an episode of training."""
+        self.log({"charts/episodic_return": float(episode["r"]), "charts/episodic_length": int(episode["l"])})
         self.status = f"return {float(episode['r']):.2f}"
         self.bar.set_description_str(self.status, refresh=False)
-        self.log({"charts/episodic_return": float(episode["r"]), "charts/episodic_length": int(episode["l"])})
 
     def flush(self):
         """Write what `log` collected. A loss that is not finite ends the run: the last checkpoint is still good."""
@@ -248,7 +248,7 @@ class Run:
             require(good, f"{tag} is {mean} at step {self.step}; the last good checkpoint, if any, is in {self.folder}")
             self.writer.add_scalar(tag, mean, self.step)
         self.writer.add_scalar("charts/steps_per_second", self.step / self.seconds, self.step)
-        self.sums, self.next_log = {}, self.step + self.last // 500
+        self.sums = {}
 
     def save(self):
         """Write the checkpoint aside, then put it in place: a kill leaves the old one or the new one, never a half."""

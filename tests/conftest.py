@@ -1,8 +1,11 @@
 """What all tests share: the list of scripts, their modules, and small settings to run them with."""
 
-import dataclasses
+import ast
 import importlib.util
+import json
 import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,10 +14,11 @@ os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(str(path.relative_to(ROOT)) for path in [*ROOT.glob("algos/*.py"), *ROOT.glob("marl_algos/*.py")])
-sys.path.insert(0, str(ROOT / "marl_algos"))  # `envs.…` as when a script of that folder runs
+sys.path += [str(ROOT / "marl_algos"), str(ROOT / "benchmark")]  # for `envs.…`, as when a script there runs; for tasks
 
 SMALL = dict(  # enough for a few updates of any script; a script takes the settings that it has
     total_timesteps=400,
@@ -32,6 +36,72 @@ SMALL = dict(  # enough for a few updates of any script; a script takes the sett
 )
 
 
+DRIVER = """
+import copy, importlib, json, os, signal, sys
+import torch
+
+script, settings, kill_at = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
+module = importlib.import_module(script)
+report, parts, before, replaced = {"unchanged": []}, {}, {}, []
+
+def start(run, last, **given):  # remember what the run started from
+    original_start(run, last, **given)
+    report["started_at"] = run.step
+    parts.update(given)
+    before.update({name: copy.deepcopy(part.state_dict()) for name, part in given.items()})
+
+def replace(source, target):  # kill the process when its kill_at-th checkpoint is written, but not yet in place
+    replaced.append(target)
+    if len(replaced) == kill_at:
+        os.kill(os.getpid(), signal.SIGKILL)
+    original_replace(source, target)
+
+if hasattr(module, "Run"):
+    original_start, original_replace = module.Run.start, os.replace
+    module.Run.start, os.replace = start, replace
+report["result"] = module.train(module.Args(**settings))
+for name, part in parts.items():
+    if isinstance(part, torch.nn.Module):
+        for key, value in part.named_parameters():
+            if value.requires_grad and torch.equal(value.detach().cpu(), before[name][key].cpu()):
+                report["unchanged"].append(f"{name}.{key}")
+report["trained"] = [name for name, part in parts.items() if isinstance(part, torch.nn.Module)]
+json.dump(report, open("report.json", "w"))
+"""
+
+
+def run_alone(script: str, folder: Path, kill_at: int = 0, **settings) -> tuple[subprocess.CompletedProcess, dict]:
+    """Run a script that was copied alone into `folder`; returns the process and what the driver above saw."""
+    shutil.copy(ROOT / script, folder)
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "DISPLAY")}
+    process = subprocess.run(
+        [sys.executable, "-c", DRIVER, Path(script).stem, json.dumps(settings), str(kill_at)],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    report = folder / "report.json"
+    return process, json.loads(report.read_text()) if report.exists() else {}
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Tag -> [(step, value)] of a run's TensorBoard log."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def equal(one, two) -> bool:
+    """Are two checkpoints, or parts of them, the same to the last bit?"""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, two)
+    if isinstance(one, dict):
+        return one.keys() == two.keys() and all(equal(one[key], two[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(two) and all(map(equal, one, two))
+    return one == two
+
+
 def load(script: str):
     """The module of a script, by its path below the root; each script is loaded once."""
     name = Path(script).stem
@@ -43,8 +113,10 @@ def load(script: str):
 
 
 def fields(script: str) -> set[str]:
-    """The names of a script's settings."""
-    return {field.name for field in dataclasses.fields(load(script).Args)}
+    """The names of a script's settings, read without running it."""
+    classes = [node for node in ast.parse((ROOT / script).read_text()).body if isinstance(node, ast.ClassDef)]
+    body = [item for node in classes if node.name == "Args" for item in node.body]
+    return {item.target.id for item in body if isinstance(item, ast.AnnAssign)}
 
 
 def small_args(script: str, **changes) -> dict:
@@ -55,3 +127,18 @@ def small_args(script: str, **changes) -> dict:
 @pytest.fixture(autouse=True)
 def one_thread():
     torch.set_num_threads(1)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the tests that take more than a few seconds")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes more than a few seconds; runs with --slow only")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="slow: runs with --slow"))

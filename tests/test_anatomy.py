@@ -1,0 +1,185 @@
+"""Every script has the parts that the README promises, and its pseudo-code and its code cite each other."""
+
+import ast
+import dataclasses
+import importlib.metadata
+import io
+import re
+import subprocess
+import sys
+import tokenize
+import tomllib
+
+import pytest
+from conftest import ROOT, SCRIPTS, fields, load
+from sync_plumbing import copy_from, differences
+from tasks import TASKS
+
+NUMBER = r"[A-Z]?\d+[a-z]?"
+COMMON = {  # the words of the flags that mean the same in every script
+    "env_kwargs": "arguments of the environment, as JSON",
+    "device": "auto, cpu or cuda",
+    "num_threads": "CPU threads for torch; small networks rarely gain from more",
+    "compile": "compile the updates; on a GPU they become CUDA graphs",
+    "run_dir": "folder of log, checkpoint and result; runs/<env>__<script>__<seed>__<time> if empty",
+    "eval_every": "steps between evaluations, 0 for the last one only",
+    "checkpoint_every": "steps between checkpoints, 0 for the last one only",
+    "resume": "folder of a run to continue, with that run's settings",
+    "capture_video": "film the first episode of the last evaluation",
+}
+INSTALLED_AS = {"ale_py": "ale-py", "cv2": "opencv-python-headless"}
+
+
+def text_of(script: str) -> str:
+    return (ROOT / script).read_text()
+
+
+def docstring(script: str) -> str:
+    return ast.get_docstring(ast.parse(text_of(script)), clean=False)
+
+
+def numbered_lines(script: str) -> list[str]:
+    """The numbers of the pseudo-code in the docstring."""
+    return re.findall(rf"^ {{1,8}}({NUMBER})  +\S", docstring(script), re.M)
+
+
+def cited_lines(script: str) -> set[str]:
+    """The numbers in the comments `# line 4`, `# lines 5, 6`, `# lines 12-14`."""
+    cited = set()
+    for token in tokenize.generate_tokens(io.StringIO(text_of(script)).readline):
+        if token.type == tokenize.COMMENT:
+            for numbers in re.findall(rf"\blines? ({NUMBER}(?:(?:, | and |-){NUMBER})*)", token.string):
+                for part in re.split(", | and ", numbers):
+                    first, _, last = part.partition("-")
+                    whole = range(int(first), int(last) + 1) if last and first.isdigit() and last.isdigit() else ()
+                    cited |= {first, *([last] if last else []), *map(str, whole)}
+    return cited
+
+
+def dependencies(script: str) -> set[str]:
+    """The packages of the PEP 723 block, without extras."""
+    block = re.match(r"# /// script\n((?:#.*\n)+?)# ///\n", text_of(script))
+    meta = tomllib.loads(re.sub(r"^# ?", "", block.group(1), flags=re.M))
+    assert meta["requires-python"] == ">=3.10"
+    return {re.split(r"[\[=<>]", name)[0].lower() for name in meta["dependencies"]}
+
+
+def imports(script: str, top_level_only: bool) -> set[str]:
+    """The packages that a script imports, by the names they are installed by; the standard library left out."""
+    tree = ast.parse(text_of(script))
+    names = set()
+    for node in tree.body if top_level_only else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            names.add(node.module)
+    packages = {"tensorboard" for name in names if name == "torch.utils.tensorboard"}
+    roots = {name.split(".")[0] for name in names} - set(sys.stdlib_module_names)
+    return packages | {INSTALLED_AS.get(root, root) for root in roots}
+
+
+def requirements() -> set[str]:
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    return {re.split(r"[\[=]", line)[0].lower() for line in lines if line and not line.startswith("#")}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_docstring_names_paper_notes_and_command(script):
+    text = docstring(script)
+    assert re.search(r"^Paper +\S", text, re.M) and "http" in text
+    assert re.search(r"^Notes +\S", text, re.M)
+    assert re.search(rf"^Run +python {script}", text, re.M)
+    assert re.search(r"^Result", text, re.M), "the verified figure and the command that gave it"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_pseudo_code_and_comments_cite_each_other(script):
+    numbers = numbered_lines(script)
+    assert len(numbers) >= 3
+    assert len(numbers) == len(set(numbers)), "a number stands twice"
+    assert set(numbers) == cited_lines(script)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_header_declares_what_the_file_imports(script):
+    declared = dependencies(script)
+    assert imports(script, top_level_only=True) <= declared
+    default_suite = load(script).Args().env_id.split(".")[0] if "env_id" in fields(script) else ""
+    assert declared <= imports(script, top_level_only=False) | {default_suite}
+    assert declared <= requirements()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_script_stands_alone(script):
+    folders = {"algos", "marl_algos", "tests", "benchmark"}
+    own = {path.stem for folder in folders for path in (ROOT / folder).glob("*.py")}
+    assert not imports(script, top_level_only=False) & (own | folders | {"envs"})
+    ast.parse(text_of(script), feature_version=(3, 10))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_order_of_the_parts(script):
+    text = text_of(script)
+    parts = ["# /// script", '"""', "\nimport ", "\n@dataclass\nclass Args:", "\ndef train(args: Args) -> dict:"]
+    parts += ["\n# Plumbing", '\nif __name__ == "__main__":\n    train(tyro.cli(Args))\n']
+    places = [text.find(part) for part in parts]
+    assert -1 not in places, parts[places.index(-1)]
+    assert places == sorted(places)
+    assert text.endswith(parts[-1])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_length(script):
+    text = text_of(script)
+    if script != "algos/dreamerv3.py":
+        above, whole = (290, 560) if script.startswith("marl") else (230, 430)
+        assert text[: text.index("\n# Plumbing")].count("\n") <= above
+        assert text.count("\n") <= whole
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_setting_is_explained(script):
+    tree = ast.parse(text_of(script))
+    body = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args").body
+    for field, below in zip(body[::2], body[1::2], strict=True):
+        assert isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr), ast.unparse(field)
+        name, words = field.target.id, below.value.value
+        assert words == COMMON.get(name, words), name
+    assert {"seed", "run_dir", "eval_episodes"} <= fields(script)
+    assert dataclasses.is_dataclass(load(script).Args)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_script_is_listed_in_readme_and_benchmark(script):
+    assert f"]({script})" in (ROOT / "README.md").read_text()
+    assert any(task.script == script for task in TASKS)
+
+
+def test_same_name_same_code():
+    assert not differences(), "python tests/sync_plumbing.py --from SCRIPT copies one script's plumbing to the others"
+
+
+def test_sync_plumbing_shows_and_repairs_a_difference(tmp_path, monkeypatch):
+    monkeypatch.setattr("sync_plumbing.ROOT", tmp_path)
+    one, two = tmp_path / "one.py", tmp_path / "two.py"
+    one.write_text("def f():\n    return 1\n\n\n# Plumbing\n\n\ndef g():\n    return 1\n\n\ndef only():\n    pass\n")
+    two.write_text("def f():\n    return 2\n\n\n# Plumbing\n\n\n@cache\ndef g():\n    return 2\n")
+    assert len(differences([one, two])) == 1
+    assert copy_from(one, [one, two]) == ["two.py: g"]
+    assert not differences([one, two])
+    assert two.read_text() == "def f():\n    return 2\n\n\n# Plumbing\n\n\ndef g():\n    return 1\n"
+
+
+def test_requirements_are_exact_and_installed():
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    for line in lines:
+        if line and not line.startswith("#"):
+            name, version = re.fullmatch(r"([\w-]+)(?:\[[\w,-]+\])?==([\w.]+)", line).groups()
+            assert importlib.metadata.version(name).split("+")[0] == version
+
+
+def test_top_level_is_the_promised_one():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    top = {path.split("/")[0] for path in tracked}
+    promised = {"algos", "marl_algos", "tests", "benchmark", "requirements.txt", "README.md", "LICENSE"}
+    assert {name for name in top if not name.startswith(".")} <= promised
