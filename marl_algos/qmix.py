@@ -2,7 +2,35 @@
 # requires-python = ">=3.10"
 # dependencies = ["gymnasium", "mpe2", "numpy", "pettingzoo", "tensorboard", "torch", "tqdm", "tyro"]
 # ///
-"""QMIX: monotonic value function factorisation."""
+"""QMIX: monotonic value function factorisation.
+
+Paper   Rashid et al., 2018; 2020. https://www.jmlr.org/papers/volume21/20-081/20-081.pdf
+Notes   "QMIX (2018)"; pics/qmix_1.png (the networks), qmix_2.png, qmix_3.png (why the weights are absolute), qmix_4.png
+Run     python marl_algos/qmix.py --env-id mpe2.simple_spread_v3
+
+     1  initialise the agents' network θ, the hypernetworks ψ, targets θ⁻ ← θ, ψ⁻ ← ψ, empty replay of episodes D
+     2  repeat
+     3      reset the environment; h_i ← 0
+     4      for each time step:
+     5          Q_i(τ_i, ·), h_i ← GRU_θ([o_i, last action of i, i], h_i)
+     6          u_i ← argmax over legal u of Q_i(τ_i, u); with probability ε, each agent for itself, any legal u
+     7          act; observe the team's reward r, the next observations and state
+     8      store the episode in D
+     9      sample a batch of episodes of D
+    10      Q_i of the whole episodes by θ, and Q_i⁻ by θ⁻
+    11      W1, W2 ← |hypernetworks of s|;  b1, b2 ← hypernetworks of s
+    12      Q_tot(τ, u, s) = W2 · elu(W1 · (Q_1(τ_1, u_1) … Q_n(τ_n, u_n)) + b1) + b2
+    13      u_i' ← argmax over legal u of Q_i(τ_i', u);  X ← Q_tot⁻(τ', u', s') of the Q_i⁻ by ψ⁻
+    14      y ← r + γ (1 - terminal) ((1 - λ) X + λ y'),  where y' is the next step's y, and X itself after the last step
+    15      descend ∇_θ,ψ mean over real steps (Q_tot - y)²
+    16      every `target_every` episodes: θ⁻ ← θ, ψ⁻ ← ψ
+
+The notes have no pseudo-code; this is the pictures' network in the loop of the authors' code (pymarl).
+Beyond the pictures: double Q-learning in line 13 and gradients clipped to norm 10 (the authors' code); λ > 0 (the
+improved one, pymarl2; 0 is the paper's TD target); several environments play at once, and one update follows for each
+episode. An agent that died enters the mixer as 0. The team's reward is the mean (or sum) of the agents' rewards. A
+time limit is not terminal: line 14 still bootstraps from the state it left.
+"""
 
 import copy
 import difflib
@@ -31,8 +59,228 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
-    env_id: str = "x"
+    env_id: str = "mpe2.simple_spread_v3"
+    """a module with a PettingZoo `parallel_env` of discrete actions; envs.… are this project's adapters"""
+    env_kwargs: str = "{}"
+    """arguments of the environment, as JSON"""
+    team: str = ""
+    """train the agents whose names begin so; the others act at random"""
+    reward_mode: Literal["mean", "sum"] = "mean"
+    """r, the mean or the sum of the agents' rewards"""
+    total_timesteps: int = 500_000
+    """environment steps, of all copies together; in one step all agents act"""
+    num_envs: int = 8
+    """copies of the environment that play at once; each episode is followed by one update"""
+    gamma: float = 0.99
+    """γ, discount"""
+    td_lambda: float = 0.0
+    """λ of line 14"""
+    learning_rate: float = 5e-4
+    """Adam's step size"""
+    recurrent: bool = True
+    """a GRU remembers; without, a layer of the same width looks at the last observation only"""
+    hidden_dim: int = 64
+    """width of the agents' network and of the hypernetworks"""
+    mixing_dim: int = 32
+    """width of Q_tot's hidden layer"""
+    buffer_size: int = 5_000
+    """episodes that D holds"""
+    batch_size: int = 32
+    """episodes in one update"""
+    target_every: int = 200
+    """episodes between target updates"""
+    epsilon_start: float = 1.0
+    """ε at the start"""
+    epsilon_end: float = 0.05
+    """ε after `epsilon_steps`"""
+    epsilon_steps: int = 50_000
+    """steps of ε's linear decay"""
+
+    seed: int = 1
+    """seeds the networks, the exploration, the batches and the environments"""
+    device: str = "auto"
+    """auto, cpu or cuda"""
+    num_threads: int = 1
+    """CPU threads for torch; small networks rarely gain from more"""
+    compile: bool = False
+    """compile the updates; on a GPU they become CUDA graphs"""
     run_dir: str = ""
+    """folder of log, checkpoint and result; runs/<env>__<script>__<seed>__<time> if empty"""
+    eval_every: int = 25_000
+    """steps between evaluations, 0 for the last one only"""
+    eval_episodes: int = 100
+    """episodes of the greedy team in an evaluation"""
+    checkpoint_every: int = 100_000
+    """steps between checkpoints, 0 for the last one only"""
+    resume: str = ""
+    """folder of a run to continue, with that run's settings"""
+    capture_video: bool = False
+    """film the first episode of the last evaluation"""
+
+
+class AgentNet(nn.Module):
+    """Q_i of every agent: inputs (T, rows, input_dim), h (1, rows, hidden) or None -> Q_i (T, rows, actions), h."""
+
+    def __init__(self, input_dim: int, hidden_dim: int, num_actions: int, recurrent: bool):
+        super().__init__()
+        self.recurrent = recurrent
+        self.encode = nn.Linear(input_dim, hidden_dim)
+        self.middle = nn.GRU(hidden_dim, hidden_dim) if recurrent else nn.Linear(hidden_dim, hidden_dim)
+        self.q = nn.Linear(hidden_dim, num_actions)
+
+    def forward(self, inputs, h=None):
+        z = F.relu(self.encode(inputs))
+        if self.recurrent:
+            z, h = self.middle(z, h)  # lines 5, 10
+        else:
+            z = F.relu(self.middle(z))
+        return self.q(z), h
+
+
+class Mixer(nn.Module):
+    """Q_tot (...): q (..., n) and s (..., state_dim), mixed so that ∂Q_tot/∂Q_i ≥ 0 whatever s is."""
+
+    def __init__(self, n: int, state_dim: int, hidden_dim: int, mixing_dim: int):
+        super().__init__()
+        self.n, self.mixing_dim = n, mixing_dim
+        self.w1 = nn.Sequential(nn.Linear(state_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, n * mixing_dim))
+        self.w2 = nn.Sequential(nn.Linear(state_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, mixing_dim))
+        self.b1 = nn.Linear(state_dim, mixing_dim)
+        self.b2 = nn.Sequential(nn.Linear(state_dim, mixing_dim), nn.ReLU(), nn.Linear(mixing_dim, 1))
+
+    def forward(self, q, s):
+        w1 = self.w1(s).abs().unflatten(-1, (self.n, self.mixing_dim))  # line 11
+        w2 = self.w2(s).abs()
+        z = F.elu((q.unsqueeze(-2) @ w1).squeeze(-2) + self.b1(s))  # line 12
+        return (z * w2).sum(-1) + self.b2(s).squeeze(-1)
+
+
+class QMIX:
+    """Networks, targets, behaviour and update. B episodes of T steps, E copies, n agents, A actions."""
+
+    def __init__(self, n: int, obs_dim: int, state_dim: int, num_actions: int, args: Args, device: torch.device):
+        self.args, self.n, self.num_actions, self.device = args, n, num_actions, device
+        input_dim = obs_dim + num_actions + n
+        self.agents = AgentNet(input_dim, args.hidden_dim, num_actions, args.recurrent).to(device)  # line 1
+        self.mixer = Mixer(n, state_dim, args.hidden_dim, args.mixing_dim).to(device)
+        self.agents_targ = copy.deepcopy(self.agents).requires_grad_(False)
+        self.mixer_targ = copy.deepcopy(self.mixer).requires_grad_(False)
+        self.parameters = [*self.agents.parameters(), *self.mixer.parameters()]
+        self.optimizer = torch.optim.Adam(self.parameters, lr=args.learning_rate, fused=True)
+
+    def inputs(self, obs, last_action):
+        """[o_i, last action of i, i] (..., n, input_dim): obs (..., n, obs_dim), last_action (..., n), -1 for none."""
+        last = F.one_hot(last_action + 1, self.num_actions + 1)[..., 1:]
+        identity = torch.eye(self.n, device=obs.device).expand(*obs.shape[:-1], self.n)
+        return torch.cat([obs, last, identity], dim=-1)
+
+    @torch.inference_mode()
+    def act(self, team, memory=None, epsilon: float = 0.0):
+        """Actions (E, n) in all copies at once, and the memory for the next step: h and the last actions."""
+        h, last_action = memory or (None, torch.full(team.alive.shape, -1, device=self.device))
+        x = self.inputs(torch.from_numpy(team.obs).to(self.device), last_action)
+        q, h = self.agents(x.flatten(0, 1).unsqueeze(0), h)  # line 5
+        q, mask = q.view(x.shape[0], self.n, -1), torch.from_numpy(team.mask).to(self.device)
+        action = q.masked_fill(~mask, -torch.inf).argmax(-1)  # line 6
+        if epsilon > 0:
+            any_legal = torch.rand(q.shape, device=self.device).masked_fill(~mask, -1.0).argmax(-1)
+            explore = torch.rand(action.shape, device=self.device) < epsilon
+            action = torch.where(explore, any_legal, action)
+        return action.cpu().numpy(), (h, action)
+
+    def update(self, obs, state, mask, action, reward, terminal, alive, alive_next, real):
+        """One step on obs, state, mask (B, T+1, ...), action, alive, alive_next (B, T, n), the others (B, T)."""
+        x = self.inputs(obs, F.pad(action, (0, 0, 1, 0), value=-1))
+        x = x.transpose(0, 1).flatten(1, 2)  # (T+1, B n, input_dim): one unroll for all agents
+        q, _ = self.agents(x)  # line 10
+        q = q.unflatten(1, (-1, self.n)).transpose(0, 1)  # (B, T+1, n, A)
+        q_taken = q[:, :-1].gather(-1, action.unsqueeze(-1)).squeeze(-1)
+        q_tot = self.mixer(q_taken * alive, state[:, :-1])  # lines 11, 12
+        with torch.no_grad():
+            best = q[:, 1:].masked_fill(~mask[:, 1:], -torch.inf).argmax(-1, keepdim=True)  # line 13
+            q_targ = self.agents_targ(x)[0].unflatten(1, (-1, self.n)).transpose(0, 1)
+            q_next = q_targ[:, 1:].gather(-1, best).squeeze(-1)
+            value_next = self.mixer_targ(q_next * alive_next, state[:, 1:])
+            y = lambda_return(reward, terminal, value_next, real, self.args.gamma, self.args.td_lambda)
+        loss = ((q_tot - y).square() * real).sum() / real.sum()  # line 15
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, 10.0)
+        self.optimizer.step()
+        return loss.detach()
+
+    def update_targets(self):
+        self.agents_targ.load_state_dict(self.agents.state_dict())  # line 16
+        self.mixer_targ.load_state_dict(self.mixer.state_dict())
+
+
+def lambda_return(reward, terminal, value_next, real, gamma: float, lam: float):
+    """y (B, T) of line 14, 0 after the end: all steps at once, since y_t = Σ_k (γ λ)^(k - t) (what step k adds)."""
+    last = real - F.pad(real[:, 1:], (0, 1))
+    adds = reward + gamma * (1 - terminal) * value_next * torch.where(last > 0, 1.0, 1 - lam)  # line 14
+    steps = torch.arange(real.shape[1], device=real.device)
+    ahead = steps[:, None] - steps  # k - t
+    return (adds * real) @ ((gamma * lam) ** ahead.clamp(min=0)).tril()
+
+
+def play(team, agent: QMIX, epsilon: float) -> dict[str, np.ndarray]:
+    """One episode in every copy: arrays (E, T, ...), those that a next step needs (E, T+1, ...); T of the longest."""
+    team.reset()  # line 3
+    memory, steps = None, []
+    while not team.done.all():  # line 4
+        step = {"obs": team.obs, "state": team.state, "mask": team.mask, "alive": team.alive}
+        step["action"], memory = agent.act(team, memory, epsilon)  # lines 5, 6
+        team.step(step["action"])  # line 7
+        step |= {"reward": team.reward.mean(1), "alive_next": team.alive | team.truncated}
+        step["terminal"] = (team.done & ~team.truncated.any(1)).astype(np.float32)
+        steps.append(step)
+    episodes = {name: np.stack([step[name] for step in steps], axis=1) for name in steps[0]}
+    for name in ("obs", "state", "mask"):
+        episodes[name] = np.concatenate([episodes[name], getattr(team, name)[:, None]], axis=1)
+    return episodes
+
+
+def train(args: Args) -> dict:
+    """Train, evaluate, and return what <run_dir>/result.json holds."""
+    run = Run("qmix", args)
+    args = run.args
+    require(1 <= args.batch_size <= args.buffer_size, "batch_size must lie in [1, buffer_size]")
+    require(args.num_envs <= min(args.buffer_size, args.target_every), "num_envs is above buffer_size or target_every")
+    require(0 <= args.gamma <= 1 and 0 <= args.td_lambda <= 1, "gamma and td_lambda must lie in [0, 1]")
+    require(0 <= args.epsilon_end <= args.epsilon_start <= 1, "0 <= epsilon_end <= epsilon_start <= 1 must hold")
+    sizes = (args.learning_rate, args.epsilon_steps, args.hidden_dim, args.mixing_dim)
+    require(min(sizes) > 0, "learning_rate, epsilon_steps, hidden_dim and mixing_dim must be positive")
+    team = Team(args.env_id, args.env_kwargs, args.num_envs, args.team, args.reward_mode, args.capture_video)
+    require(
+        team.discrete, f"qmix needs discrete actions, {args.env_id} has continuous ones; mappo and maddpg take them"
+    )
+    print(team)
+    device = set_up_torch(args.seed, args.device, args.num_threads)
+    agent = QMIX(team.n, team.obs_dim, team.state_dim, team.num_actions, args, device)
+    replay = EpisodeReplay(args.buffer_size, device)  # line 1
+    update = torch.compile(agent.update, mode="reduce-overhead") if args.compile else agent.update
+
+    def evaluation(film: Path | None = None) -> list[float]:
+        copies = min(args.num_envs, args.eval_episodes)
+        fresh = Team(args.env_id, args.env_kwargs, copies, args.team, args.reward_mode, film is not None)
+        return evaluate_team(agent.act, fresh, args.eval_episodes, film)
+
+    run.start(args.total_timesteps, replay=replay, **parts_of(agent))
+    team.seed(args.seed + run.step)
+    while run.step < args.total_timesteps:  # line 2
+        decayed = min(1.0, run.step / args.epsilon_steps)
+        episodes = play(team, agent, args.epsilon_start + decayed * (args.epsilon_end - args.epsilon_start))
+        run.advance(int(team.lengths.sum()))
+        replay.add(team.lengths, episodes)  # line 8
+        for r, length in zip(team.returns, team.lengths):
+            run.log_episode({"r": r, "l": length})
+        if replay.added >= args.batch_size:
+            for _ in range(args.num_envs):
+                run.log({"losses/q_tot": update(**replay.sample(args.batch_size))})  # lines 9-15
+        if replay.added % args.target_every < args.num_envs:
+            agent.update_targets()
+        run.evaluate_and_save(evaluation)
+    return run.finish(evaluation)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -62,18 +310,16 @@ def set_up_torch(seed: int, device: str, num_threads: int) -> torch.device:
 def make_parallel(env_id: str, env_kwargs: str, film: bool):
     """`parallel_env(**env_kwargs)` of the module `env_id`, which may also lie beside this script or where it is run."""
     sys.path += [folder for folder in (str(Path(__file__).parent), os.getcwd()) if folder not in sys.path]
-    package, _, name = env_id.rpartition(".")
     try:
-        if package and importlib.util.find_spec(env_id) is None:
-            known = [module.name for module in pkgutil.iter_modules(importlib.import_module(package).__path__)]
-            near = difflib.get_close_matches(name, known) or known
-            require(False, f"no environment {env_id}; near names in {package}: {', '.join(near)}")
         kwargs = json.loads(env_kwargs) | ({"render_mode": "rgb_array"} if film else {})
         return importlib.import_module(env_id).parallel_env(**kwargs)
     except Exception as error:  # whatever an environment raises, its user reads one line
+        family, _, name = env_id.rpartition(".")
+        known = [module.name for module in pkgutil.iter_modules(getattr(sys.modules.get(family), "__path__", []))]
+        near = ", ".join(difflib.get_close_matches(name, known))
+        hint = f"; near names: {near}" if near else f"; pip install {error.name}, if that is its name"
         missing = isinstance(error, ModuleNotFoundError) and error.name
-        hint = f"; if that is spelt well: pip install {error.name.split('.')[0]}" if missing else ""
-        require(False, f"cannot make {env_id}: {error or type(error).__name__}{hint}")
+        require(False, f"cannot make {env_id}: {error or type(error).__name__}{hint if missing else ''}")
 
 
 def split_mask(seen, info: dict):
@@ -84,20 +330,15 @@ def split_mask(seen, info: dict):
 
 
 class Team:
-    """Copies of a PettingZoo Parallel environment as arrays; the agents in the order of `possible_agents`.
+    """Copies of a PettingZoo Parallel environment as arrays: E copies, n agents in the order of `possible_agents`.
 
-    With E copies and n agents, reset() and step() leave in new arrays:
-        obs (E, n, obs_dim)      flat, shorter ones padded with zeros; images are obs.reshape(E, n, *obs_shape)
-        state (E, state_dim)     env.state(), or the observations of the whole team where there is none
-        mask (E, n, actions)     legal actions: from observations or infos, else all that the agent has
-        alive (E, n)             who acts next; the actions of the others are ignored
-        reward (E, n)            each agent's own, or for everybody the team's mean or sum: `reward_mode`
-        terminated (E, n)        whom this step ended for good
-        truncated (E, n)         whom a time limit ended: obs and state are the true last ones
-        done (E,)                nobody acts next; such a copy stays as it ended until reset(done)
-        returns, lengths (E,)    of the episode so far; the return sums the mean over agents of `reward`
-    Continuous actions are (E, n, actions), clipped into [low, high]; mask shows which of the numbers an agent has.
-    Agents whose names do not begin with `prefix` belong to the environment and act at random.
+    reset() and step() leave, in new arrays: obs (E, n, obs_dim), flat, padded with zeros (images: obs.reshape(E, n,
+    *obs_shape)); state (E, state_dim), env.state() or all observations; mask (E, n, actions), what is legal by
+    observation or info, padding never; alive (E, n), who acts next, the others' actions are ignored; reward (E, n), each
+    agent's own, or for everybody the team's mean or sum; terminated, truncated (E, n), whom this step ended, for good or
+    by a time limit; done (E,), nobody acts next; returns (mean over agents), lengths (E,) of the episode so far.
+    A copy that is done stays as it ended, with the true last obs and state, reward 0, until reset(done). Continuous
+    actions (E, n, actions) are clipped into [low, high]. Agents whose names do not begin with `prefix` act at random.
     """
 
     def __init__(self, env_id: str, env_kwargs: str, num_envs: int, prefix: str, reward_mode: str, film: bool = False):
@@ -106,42 +347,38 @@ class Team:
         self.envs = [make_parallel(env_id, env_kwargs, film) for _ in range(num_envs)]
         self.num_envs, self.reward_mode, env = num_envs, reward_mode, self.envs[0]
         self.agents = [agent for agent in env.possible_agents if agent.startswith(prefix)]
-        require(self.agents, f"no agent of {env_id} begins with {prefix}: {', '.join(env.possible_agents)}")
-        self.n, spaces = len(self.agents), [env.action_space(agent) for agent in self.agents]
         self.others = {agent: env.action_space(agent) for agent in env.possible_agents if agent not in self.agents}
+        require(self.agents, f"no agent begins with {prefix}: {', '.join(env.possible_agents)}")
+        spaces, self.n = [env.action_space(agent) for agent in self.agents], len(self.agents)
         self.discrete = all(isinstance(space, gym.spaces.Discrete) for space in spaces)
-        bounded = all(isinstance(space, gym.spaces.Box) and space.is_bounded() for space in spaces)
-        require(self.discrete or bounded, f"actions must all be Discrete or all bounded Boxes; {env_id} has {spaces}")
-        self.action_spaces, self.sizes = spaces, [space.n if self.discrete else flatdim(space) for space in spaces]
-        self.num_actions = int(max(self.sizes))
+        boxes = all(isinstance(space, gym.spaces.Box) and space.is_bounded() for space in spaces)
+        require(self.discrete or boxes, f"actions must all be Discrete, or all bounded Boxes; {env_id} has {spaces}")
+        self.action_spaces, self.sizes = spaces, [int(flatdim(space)) for space in spaces]
+        self.num_actions = max(self.sizes)
         self.low, self.high = np.zeros((2, self.n, self.num_actions), np.float32)
-        for i, (space, size) in enumerate(zip(spaces, self.sizes) if bounded else []):
-            self.low[i, :size], self.high[i, :size] = space.low.ravel(), space.high.ravel()
+        for i, space in enumerate(spaces if boxes else []):
+            self.low[i, : self.sizes[i]], self.high[i, : self.sizes[i]] = space.low.ravel(), space.high.ravel()
         spaces = [env.observation_space(agent) for agent in self.agents]
-        masked = [isinstance(space, gym.spaces.Dict) and "action_mask" in space.keys() for space in spaces]
-        self.obs_spaces = [space["observation"] if has else space for space, has in zip(spaces, masked)]
+        self.obs_spaces = [space["observation"] if isinstance(space, gym.spaces.Dict) else space for space in spaces]
         self.obs_dim, shapes = max(map(flatdim, self.obs_spaces)), {space.shape for space in self.obs_spaces}
         self.obs_shape = shapes.pop() if len(shapes) == 1 else (self.obs_dim,)
-        self.obs = np.zeros((num_envs, self.n, self.obs_dim), np.float32)
-        self.heard = [env.reset(seed=0)] * num_envs  # each copy's latest observations and infos
+        env.reset(seed=0)
         try:
             self.has_state = env.state() is not None
         except (AttributeError, NotImplementedError):
             self.has_state = False
-        self.state = np.stack([self.state_of(0)] * num_envs)
-        self.state_dim = self.state.shape[1]
-        self.mask = np.zeros((num_envs, self.n, self.num_actions), bool)
-        self.alive, self.terminated, self.truncated = np.zeros((3, num_envs, self.n), bool)
-        self.reward, self.done = np.zeros((num_envs, self.n), np.float32), np.ones(num_envs, bool)
-        self.returns, self.lengths = np.zeros(num_envs), np.zeros(num_envs, int)
+        self.rows, self.heard = [{}] * num_envs, [None] * num_envs  # of each copy: its rows of the arrays; what it said
         self.seed(0)
+        self.reset()
+        self.state_dim = self.state.shape[1]
 
     def __str__(self):
-        names = f"{self.agents[0]} … {self.agents[-1]}; {len(self.others)} others at random"
-        kind = f"{self.num_actions} {'' if self.discrete else 'continuous '}actions"
-        state = f"state {self.state_dim} ({'env.state()' if self.has_state else 'all observations'})"
-        reward = {"own": "each agent's own", "mean": "mean over agents", "sum": "sum over agents"}[self.reward_mode]
-        return f"team of {self.n} ({names}) | obs {self.obs_dim} | {state} | {kind} | reward: {reward}"
+        reward = {"own": "each agent's own", "mean": "the mean over agents", "sum": "the sum over agents"}
+        state = f"{self.state_dim} ({'env.state()' if self.has_state else 'all observations'})"
+        team = f"{self.n} agents, {self.agents[0]} to {self.agents[-1]}, {len(self.others)} others at random"
+        return (
+            f"{team} | obs {self.obs_dim} | state {state} | actions {self.sizes} | reward: {reward[self.reward_mode]}"
+        )
 
     def seed(self, seed: int):
         """Seed the copies, from their next reset on, and the agents outside the team."""
@@ -150,119 +387,103 @@ class Team:
             space.seed(other + i)
 
     def reset(self, where: np.ndarray | None = None):
-        """Begin an episode in the copies `where` (E,) is True, in all of them if it is None."""
-        self.renew()
+        """Begin an episode in the copies where `where` (E,) is True, in all of them if it is None."""
         for e in range(self.num_envs) if where is None else np.flatnonzero(where):
-            self.heard[e], self.seeds[e] = self.envs[e].reset(seed=self.seeds[e]), None
-            for array in (self.terminated, self.truncated, self.reward, self.returns, self.lengths):
-                array[e] = 0
-            self.listen(e)
+            (seen, infos), self.seeds[e] = self.envs[e].reset(seed=self.seeds[e]), None
+            self.rows[e] = self.row(e, seen, {}, {}, {}, infos) | {"returns": 0.0, "lengths": 0}
+        self.stack()
 
     def step(self, actions: np.ndarray):
         """One step of each copy that is not done: actions (E, n), or (E, n, actions) if they are continuous."""
-        self.renew()
-        self.terminated[:], self.truncated[:], self.reward[:] = False, False, 0.0
-        actions = actions.tolist() if self.discrete else np.clip(actions.astype(np.float32), self.low, self.high)
-        for e in np.flatnonzero(~self.done):
-            env, (seen, infos) = self.envs[e], self.heard[e]
-            act = {agent: self.convert(i, actions[e][i]) for i, agent in enumerate(self.agents) if self.alive[e, i]}
-            for agent in self.others.keys() & set(env.agents):
-                legal = split_mask(seen[agent], infos.get(agent, {}))[1]
+        actions = actions if self.discrete else np.clip(actions.astype(np.float32), self.low, self.high)
+        for e, (env, row) in enumerate(zip(self.envs, self.rows)):
+            if row["done"]:
+                row["reward"] = np.zeros_like(row["reward"])
+                continue
+            act = {self.agents[i]: self.convert(i, actions[e, i]) for i in np.flatnonzero(row["alive"])}
+            for agent in (agent for agent in env.agents if agent in self.others):
+                legal = split_mask(self.heard[e][0][agent], self.heard[e][1].get(agent, {}))[1]
                 act[agent] = self.others[agent].sample(None if legal is None else np.asarray(legal, np.int8))
-            seen, reward, terminated, truncated, infos = env.step(act)
-            own = [float(reward.get(agent, 0.0)) for agent in self.agents]
-            self.reward[e] = {"own": own, "mean": sum(own) / self.n, "sum": sum(own)}[self.reward_mode]
-            self.returns[e] += self.reward[e].mean()
-            self.lengths[e] += 1
-            self.truncated[e] = [truncated.get(agent, False) for agent in self.agents]
-            self.terminated[e] = [terminated.get(agent, False) for agent in self.agents]
-            self.terminated[e] &= ~self.truncated[e]  # SMAC calls its time limit both
-            self.heard[e] = seen, infos
-            self.listen(e)
+            new = self.row(e, *env.step(act))
+            new |= {"returns": row["returns"] + new["reward"].mean(), "lengths": row["lengths"] + 1}
+            self.rows[e] = new
+        self.stack()
 
-    def renew(self):
-        """Copy the arrays, so that those handed out before stay as they were."""
-        for name, value in vars(self).items():
-            if isinstance(value, np.ndarray) and name not in ("low", "high"):
-                setattr(self, name, value.copy())
+    def convert(self, i: int, action):
+        space = self.action_spaces[i]
+        return int(action + space.start) if self.discrete else action[: self.sizes[i]].reshape(space.shape)
 
-    def listen(self, e: int):
-        """Write what copy e said last into the arrays."""
-        seen, infos = self.heard[e]
-        live = set(self.envs[e].agents)
-        self.obs[e], self.mask[e] = 0.0, False
+    def row(self, e: int, seen: dict, rewards: dict, terminated: dict, truncated: dict, infos: dict) -> dict:
+        """Copy e's rows of the arrays."""
+        obs, mask = np.zeros((self.n, self.obs_dim), np.float32), np.zeros((self.n, self.num_actions), bool)
         for i, agent in enumerate(self.agents):
-            self.alive[e, i] = agent in live and not (self.terminated[e, i] or self.truncated[e, i])
             if agent in seen:
                 x, legal = split_mask(seen[agent], infos.get(agent, {}))
                 x = flatten(self.obs_spaces[i], x)
-                self.obs[e, i, : x.size] = x / 255 if x.dtype == np.uint8 else x
-                self.mask[e, i, : self.sizes[i]] = True if legal is None else legal
-        self.done[e] = not self.alive[e].any()
-        self.state[e] = self.state_of(e)
+                obs[i, : x.size] = x / 255 if x.dtype == np.uint8 else x
+                mask[i, : self.sizes[i]] = True if legal is None else legal
+        reward = np.array([rewards.get(agent, 0.0) for agent in self.agents], np.float32)
+        if self.reward_mode != "own":
+            reward[:] = reward.sum() if self.reward_mode == "sum" else reward.mean()
+        terminated, truncated = (
+            np.array([d.get(a, False) for a in self.agents], bool) for d in (terminated, truncated)
+        )
+        alive = np.array([agent in self.envs[e].agents for agent in self.agents]) & ~terminated & ~truncated
+        state = np.asarray(self.envs[e].state()) if self.has_state else obs
+        state = state.ravel().astype(np.float32) / (255 if state.dtype == np.uint8 else 1)
+        self.heard[e] = seen, infos
+        row = {"obs": obs, "state": state, "mask": mask, "alive": alive, "reward": reward, "done": not alive.any()}
+        return row | {"terminated": terminated & ~truncated, "truncated": truncated}  # SMAC's time limit says both
 
-    def state_of(self, e: int) -> np.ndarray:
-        if not self.has_state:
-            return self.obs[e].ravel()
-        state = np.asarray(self.envs[e].state())
-        return state.ravel().astype(np.float32) / (255 if state.dtype == np.uint8 else 1)
-
-    def convert(self, i: int, action):
-        """The action as agent i's space has it."""
-        space = self.action_spaces[i]
-        return action + int(space.start) if self.discrete else action[: self.sizes[i]].reshape(space.shape)
-
-    def close(self):
-        for env in self.envs:
-            env.close()
+    def stack(self):
+        for name in self.rows[0]:
+            setattr(self, name, np.array([row[name] for row in self.rows]))
 
 
 class EpisodeReplay:
-    """The last `capacity` episodes, padded to the longest so far: for each field one tensor (capacity, T or T + 1, ...)."""
+    """The last `capacity` episodes: for each field a tensor (capacity, T or T + 1, ...), T of the longest so far."""
 
     def __init__(self, capacity: int, device: torch.device):
-        self.capacity, self.device, self.size, self.next = capacity, device, 0, 0
-        self.lengths, self.fields = torch.zeros(capacity, dtype=torch.long), {}
+        self.capacity, self.device, self.added, self.fields = capacity, device, 0, {}
+        self.lengths = torch.zeros(capacity, dtype=torch.long)
 
-    def add(self, lengths: np.ndarray, fields: dict[str, np.ndarray]):
-        """Episodes of these lengths (E,); each field (E, T, ...), or (E, T + 1, ...) where the last step counts too."""
-        index = (self.next + torch.arange(len(lengths))) % self.capacity
-        for name, new in fields.items():
-            old = self.fields.get(name, torch.zeros(self.capacity, 0, *new.shape[2:]).to(torch.from_numpy(new[:0])))
-            if new.shape[1] > old.shape[1]:
-                longer = torch.zeros(self.capacity, *new.shape[1:], dtype=old.dtype, device=self.device)
-                longer[: self.size, : old.shape[1]] = old[: self.size]
-                self.fields[name] = longer
-            self.fields[name][index, : new.shape[1]] = torch.from_numpy(new).to(self.device)
-        self.lengths[index] = torch.from_numpy(lengths)
-        self.next, self.size = int(index[-1] + 1) % self.capacity, min(self.size + len(lengths), self.capacity)
+    def add(self, lengths: np.ndarray, episodes: dict[str, np.ndarray]):
+        """Episodes of these lengths (E,): fields (E, T, ...), or (E, T + 1, ...) where the last step has a successor."""
+        index = (self.added + torch.arange(len(lengths))) % self.capacity
+        self.added, self.lengths[index] = self.added + len(lengths), torch.from_numpy(lengths)
+        for name, field in episodes.items():
+            self.write(name, index, torch.from_numpy(field))
+
+    def write(self, name: str, index, new):
+        old = self.fields.get(name, new[:0])
+        if len(old) == 0 or new.shape[1] > old.shape[1]:  # longer than any before
+            self.fields[name] = torch.zeros(self.capacity, *new.shape[1:], dtype=new.dtype, device=self.device)
+            self.fields[name][: len(old), : old.shape[1]] = old
+        self.fields[name][index, : new.shape[1]] = new.to(self.device)
 
     def sample(self, batch_size: int) -> dict[str, torch.Tensor]:
-        """Episodes drawn uniformly, cut to the longest of them; `real` (batch, T) is 1 for steps that were played."""
-        index = torch.randint(self.size, (batch_size,))
-        lengths = self.lengths[index]
-        cut = int(self.lengths[: self.size].max()) - int(lengths.max())
-        batch = {name: old[index.to(self.device)] for name, old in self.fields.items()}
-        batch = {name: field[:, : field.shape[1] - cut] for name, field in batch.items()}
-        steps = int(lengths.max())
-        return batch | {"real": (torch.arange(steps) < lengths[:, None]).float().to(self.device)}
+        """Episodes drawn uniformly, cut to the longest of them; `real` (batch, T) is 1 at the steps that were played."""
+        index = torch.randint(min(self.added, self.capacity), (batch_size,))
+        lengths, longest = self.lengths[index], min(field.shape[1] for field in self.fields.values())
+        spare, steps = longest - int(lengths.max()), torch.arange(int(lengths.max()))
+        batch = {name: field[:, : field.shape[1] - spare] for name, field in self.fields.items()}
+        batch = {name: field[index.to(self.device)] for name, field in batch.items()}
+        return batch | {"real": (steps < lengths[:, None]).float().to(self.device)}
 
     def state_dict(self) -> dict:
-        fields = {name: field[: self.size].clone() for name, field in self.fields.items()}
-        return {"fields": fields, "lengths": self.lengths[: self.size].clone(), "next": self.next}
+        fields = {name: field[: self.added].clone() for name, field in self.fields.items()}
+        return {"fields": fields, "lengths": self.lengths, "added": self.added}
 
     def load_state_dict(self, state: dict):
-        self.size, self.next = len(state["lengths"]), state["next"]
-        self.lengths[: self.size] = state["lengths"]
-        for name, saved in state["fields"].items():
-            self.fields[name] = torch.zeros(self.capacity, *saved.shape[1:], dtype=saved.dtype, device=self.device)
-            self.fields[name][: self.size] = saved
+        self.lengths, self.added = state["lengths"], state["added"]
+        for name, field in state["fields"].items():
+            self.write(name, torch.arange(len(field)), field)
 
 
 def evaluate_team(act, team: Team, episodes: int, film: Path | None = None) -> list[float]:
-    """The team's undiscounted returns, always from the same seeds; films the first episode; closes the environments.
+    """The team's undiscounted returns, always from the same seeds; the first is filmed. Closes the environments.
 
-    `act` maps the team and its own memory (None when the episodes begin) to actions and the next memory.
+    `act` maps the team and its own memory (None when episodes begin) to actions and the next memory.
     """
     team.seed(10_000)
     returns, frames = [], []
@@ -275,11 +496,12 @@ def evaluate_team(act, team: Team, episodes: int, film: Path | None = None) -> l
             actions, memory = act(team, memory)
             team.step(actions)
         returns += team.returns.tolist()
+    for env in team.envs:
+        env.close()
     if film:
-        from gymnasium.utils.save_video import save_video
+        from gymnasium.utils.save_video import save_video  # needs moviepy
 
-        save_video(frames, str(film), fps=team.envs[0].metadata.get("render_fps", 10))
-    team.close()
+        save_video(frames, str(film), fps=env.metadata.get("render_fps", 10))
     return returns[:episodes]
 
 
@@ -296,11 +518,10 @@ class Run:
         require(min(args.eval_every, args.checkpoint_every) >= 0, "eval_every, checkpoint_every must not be negative")
         if args.resume:
             settings = Path(args.resume) / "args.json"
-            require(settings.is_file(), f"{args.resume} is not the folder of a run")
-            saved = json.loads(settings.read_text())
+            saved = json.loads(settings.read_text()) if settings.is_file() else {}
             given, default = asdict(args) | {"run_dir": args.resume}, asdict(type(args)())
             mine = saved.pop("script", "") == script and saved.keys() == given.keys()
-            require(mine, f"{args.resume} is not a run of this {script}")
+            require(mine, f"{args.resume} is not the folder of a run of this {script}")
             saved |= {"run_dir": args.resume, "resume": args.resume}
             typed = {word.split("=")[0].strip("-").replace("-", "_") for word in sys.argv[1:]}
             other = [k for k in given if given[k] != saved[k] and (given[k] != default[k] or k in typed)]
@@ -312,11 +533,12 @@ class Run:
     def start(self, last: int, **parts):
         """Open the folder; load the checkpoint of the run to resume, if there is one. The run ends at step `last`."""
         self.last, self.parts, self.step, self.seconds = last, parts, 0, 0.0
-        self.sums, self.next_log, self.next_line, self.status = {}, 0, 0.0, "no episode yet"
+        self.sums, self.next_line, self.status = {}, 30.0, "no episode yet"
         checkpoint = self.folder / "checkpoint.pt"
         if not self.args.resume:
             self.folder.mkdir(parents=True, exist_ok=True)
-            checkpoint.unlink(missing_ok=True)
+            for old in (checkpoint, self.folder / "result.json"):
+                old.unlink(missing_ok=True)
             (self.folder / "args.json").write_text(json.dumps({"script": self.script, **asdict(self.args)}, indent=1))
         elif checkpoint.exists():
             state = torch.load(checkpoint, map_location="cpu", weights_only=True)
@@ -333,8 +555,10 @@ class Run:
         """`count` more environment steps are done."""
         self.step, self.stride, self.seconds = self.step + count, count, time.perf_counter() - self.began
         self.bar.update(count)
-        if self.bar.disable and self.seconds > self.next_line + 30:  # no terminal: a line now and then
-            self.next_line = self.seconds
+        if self.due(max(self.last // 500, 1)):
+            self.flush()
+        if self.bar.disable and self.seconds > self.next_line:  # no terminal: a line now and then
+            self.next_line = self.seconds + 30
             print(f"{self.step}/{self.last} steps | {self.status} | {self.step / self.seconds:.0f} steps/s", flush=True)
 
     def due(self, every: int) -> bool:
@@ -346,14 +570,12 @@ class Run:
         for tag, value in scalars.items():
             total, count = self.sums.get(tag, (0.0, 0))
             self.sums[tag] = (total + value, count + 1)
-        if self.step >= self.next_log:
-            self.flush()
 
     def log_episode(self, episode: dict):
         """Collect the return r and the length l of an episode of training."""
+        self.log({"charts/episodic_return": float(episode["r"]), "charts/episodic_length": int(episode["l"])})
         self.status = f"return {float(episode['r']):.2f}"
         self.bar.set_description_str(self.status, refresh=False)
-        self.log({"charts/episodic_return": float(episode["r"]), "charts/episodic_length": int(episode["l"])})
 
     def flush(self):
         """Write what `log` collected. A loss that is not finite ends the run: the last checkpoint is still good."""
@@ -363,7 +585,7 @@ class Run:
             require(good, f"{tag} is {mean} at step {self.step}; the last good checkpoint, if any, is in {self.folder}")
             self.writer.add_scalar(tag, mean, self.step)
         self.writer.add_scalar("charts/steps_per_second", self.step / self.seconds, self.step)
-        self.sums, self.next_log = {}, self.step + self.last // 500
+        self.sums = {}
 
     def save(self):
         """Write the checkpoint aside, then put it in place: a kill leaves the old one or the new one, never a half."""
