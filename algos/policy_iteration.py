@@ -144,77 +144,13 @@ def train(args: Args) -> dict:
     return run.finish(evaluation)
 
 
-# The book's worlds and figure
-
-
-def grid_4x4(render_mode: str | None = None) -> "TableWorld":
-    """Example 4.1: -1 a step until one of two corners is reached; moves off the grid change nothing."""
-    P = {s: [] for s in range(16)}
-    for s in P:
-        for down, right in ((-1, 0), (0, 1), (1, 0), (0, -1)):
-            s2 = 4 * min(max(s // 4 + down, 0), 3) + min(max(s % 4 + right, 0), 3)
-            P[s].append([(1.0, s, 0.0, True)] if s in (0, 15) else [(1.0, s2, -1.0, s2 in (0, 15))])
-    return TableWorld(P, start=3, shape=(4, 4), render_mode=render_mode)
-
-
-def grid_5x5(render_mode: str | None = None) -> "TableWorld":
-    """Examples 3.5, 3.8: all moves from A pay 10 and lead to A', from B 5 and to B'; a move off the grid costs 1."""
-    P, special = {s: [] for s in range(25)}, {1: (21, 10.0), 3: (13, 5.0)}
-    for s in P:
-        for down, right in ((-1, 0), (0, 1), (1, 0), (0, -1)):
-            row, col = s // 5 + down, s % 5 + right
-            inside = 0 <= row < 5 and 0 <= col < 5
-            s2, reward = special.get(s, (5 * row + col, 0.0) if inside else (s, -1.0))
-            P[s].append([(1.0, s2, reward, False)])
-    return TableWorld(P, start=20, shape=(5, 5), render_mode=render_mode)
-
-
-def car_lot(requests: float, returns: float) -> tuple[np.ndarray, np.ndarray]:
-    """From a lot's cars in the morning: P (21, 21) of the next morning's, and the expected number (21,) of rentals."""
-    P, rentals = np.zeros((21, 21)), np.zeros(21)
-    ask, back = ([math.exp(-mean) * mean**k / math.factorial(k) for k in range(21)] for mean in (requests, returns))
-    for cars in range(21):
-        for out in range(cars + 1):  # the last of these, and of those below, gets all that is left of its Poisson sum
-            asked = ask[out] if out < cars else 1 - sum(ask[:cars])
-            rentals[cars] += asked * out
-            for cars2 in range(cars - out, 21):
-                P[cars, cars2] += asked * (back[cars2 - cars + out] if cars2 < 20 else 1 - sum(back[: 20 - cars + out]))
-    return P, rentals
-
-
-@functools.cache
-def jacks_table() -> dict:
-    (P1, rentals1), (P2, rentals2) = car_lot(3, 3), car_lot(4, 2)
-    P = {}
-    for cars1, cars2 in np.ndindex(21, 21):
-        P[21 * cars1 + cars2] = []
-        for move in MOVES:
-            move = min(max(move, -cars2), cars1)
-            left1, left2 = min(cars1 - move, 20), min(cars2 + move, 20)
-            reward = 10 * (rentals1[left1] + rentals2[left2]) - 2 * abs(move)
-            chances = np.outer(P1[left1], P2[left2]).ravel().tolist()
-            outcomes = zip(chances, range(441), itertools.repeat(reward), itertools.repeat(False))
-            P[21 * cars1 + cars2].append(list(outcomes))
-    return P
-
-
-MOVES = sorted(range(-5, 6), key=abs)  # from lot 1 to lot 2, as many as there are; of equally good ones the least wins
-
-
-def jacks_car_rental(render_mode: str | None = None) -> "TableWorld":
-    """Example 4.2: lots of up to 20 cars; up to 5 are moved overnight at 2 each; a rental pays 10; a step is a day."""
-    return TableWorld(jacks_table(), start=10 * 21 + 10, shape=(21, 21), render_mode=render_mode)
-
-
-gym.register("GridWorld4x4-v0", grid_4x4, disable_env_checker=True)
-gym.register("GridWorld5x5-v0", grid_5x5, disable_env_checker=True, max_episode_steps=100)
-gym.register("JacksCarRental-v0", jacks_car_rental, disable_env_checker=True, max_episode_steps=365)
+# The book's figure
 
 
 def figure(args: Args):
     """Figures 4.2, the policies of Jack's car rental, and 4.1, sweep by sweep the values of the 4x4 grid."""
     plt = pyplot()
-    _, (jack, grid) = plt.subplots(2, 6, figsize=(18, 6.5), layout="constrained")
+    _, (jack, grids) = plt.subplots(2, 6, figsize=(18, 6.5), layout="constrained")
     agent = PolicyIteration(*model_of(jacks_car_rental(), ""), replace(args, gamma=0.9, uniform_start=False))
     for i in range(5):
         moves = np.array(MOVES)[agent.pi.argmax(axis=1)].reshape(21, 21)
@@ -228,12 +164,11 @@ def figure(args: Args):
     image = jack[5].imshow(agent.v.reshape(21, 21), origin="lower")
     jack[5].set(title="V of π4", xlabel="cars at the second lot")
     plt.colorbar(image, ax=jack[5])
-    agent = PolicyIteration(*model_of(grid_4x4(), ""), replace(args, gamma=1.0, uniform_start=True))
-    sweeps = 0
-    for ax, k in zip(grid, (0, 1, 2, 3, 10, 1000)):
-        while sweeps < k:
+    agent = PolicyIteration(*model_of(grid(**EXAMPLE_4_1), ""), replace(args, gamma=1.0, uniform_start=True))
+    for ax, k in zip(grids, (0, 1, 2, 3, 10, 1000)):
+        agent.v = np.zeros(16)
+        for _ in range(k):
             agent.sweep()
-            sweeps += 1
         q = agent.r + agent.p @ agent.v
         for s, (row, col) in enumerate(np.ndindex(4, 4)):
             best = "" if s in (0, 15) else "".join(np.array(list("↑→↓←"))[q[s] > q[s].max() - 1e-6])
@@ -241,7 +176,7 @@ def figure(args: Args):
         ax.set(title=f"V after {k} sweeps", xticks=np.arange(5) - 0.5, yticks=np.arange(5) - 0.5)
         ax.set(xlim=(-0.5, 3.5), ylim=(3.5, -0.5), xticklabels=[], yticklabels=[], aspect="equal")
         ax.grid()
-    grid[0].set_ylabel("4 × 4 grid, equiprobable policy:\nV, and what is greedy in V")
+    grids[0].set_ylabel("4 × 4 grid, equiprobable policy:\nV, and what is greedy in V")
     plt.savefig(args.plot, dpi=110)
 
 
@@ -372,6 +307,63 @@ class ShortRun:
         print(f"final: return {mean:.2f} ± {std:.2f} over {len(returns)} episodes", end=" | ")
         print(f"{self.step} steps | {self.seconds:.1f} s | {speed:.0f} steps/s")
         return result
+
+
+# The book's worlds
+
+
+def grid(size: int, start: int, move: float, ends=(), jumps=None, render_mode: str | None = None) -> TableWorld:
+    """Moves pay `move` (off the grid -1, changing nothing), those from a cell of `jumps` lead and pay as it says."""
+    P = {s: [] for s in range(size**2)}
+    for s in P:
+        for down, right in ((-1, 0), (0, 1), (1, 0), (0, -1)):
+            row, col = s // size + down, s % size + right
+            inside = 0 <= row < size and 0 <= col < size
+            s2, reward = (jumps or {}).get(s, (size * row + col, move) if inside else (s, -1.0))
+            P[s].append([(1.0, s2, reward, s2 in ends)])
+    return TableWorld(P, start=start, shape=(size, size), render_mode=render_mode)
+
+
+EXAMPLE_4_1 = dict(size=4, start=3, move=-1.0, ends=(0, 15), jumps={0: (0, 0.0), 15: (15, 0.0)})
+EXAMPLE_3_5 = dict(size=5, start=20, move=0.0, jumps={1: (21, 10.0), 3: (13, 5.0)})
+gym.register("GridWorld4x4-v0", grid, disable_env_checker=True, kwargs=EXAMPLE_4_1)
+gym.register("GridWorld5x5-v0", grid, disable_env_checker=True, kwargs=EXAMPLE_3_5, max_episode_steps=100)
+
+
+def car_lot(requests: float, returns: float) -> tuple[np.ndarray, np.ndarray]:
+    """From a lot's cars in the morning: P (21, 21) of the next morning's, and the expected number (21,) of rentals."""
+    P, rentals = np.zeros((21, 21)), np.zeros(21)
+    ask, back = ([math.exp(-mean) * mean**k / math.factorial(k) for k in range(21)] for mean in (requests, returns))
+    for cars in range(21):
+        for out in range(cars + 1):  # the last of these, and of those below, gets all that is left of its Poisson sum
+            asked = ask[out] if out < cars else 1 - sum(ask[:cars])
+            rentals[cars] += asked * out
+            for cars2 in range(cars - out, 21):
+                P[cars, cars2] += asked * (back[cars2 - cars + out] if cars2 < 20 else 1 - sum(back[: 20 - cars + out]))
+    return P, rentals
+
+
+MOVES = sorted(range(-5, 6), key=abs)  # from lot 1 to lot 2; equally good ones, as when there are too few: the least
+
+
+@functools.cache
+def jacks_table() -> dict:
+    (P1, rentals1), (P2, rentals2), P = car_lot(3, 3), car_lot(4, 2), {s: [] for s in range(21 * 21)}
+    for s, move in itertools.product(P, MOVES):
+        move = min(max(move, -(s % 21)), s // 21)
+        cars1, cars2 = min(s // 21 - move, 20), min(s % 21 + move, 20)
+        reward = 10 * (rentals1[cars1] + rentals2[cars2]) - 2 * abs(move)
+        chances = np.outer(P1[cars1], P2[cars2]).ravel().tolist()
+        P[s].append([(chance, s2, reward, False) for s2, chance in enumerate(chances)])
+    return P
+
+
+def jacks_car_rental(render_mode: str | None = None) -> TableWorld:
+    """Example 4.2: lots of up to 20 cars; up to 5 are moved overnight at 2 each; a rental pays 10; a step is a day."""
+    return TableWorld(jacks_table(), start=10 * 21 + 10, shape=(21, 21), render_mode=render_mode)
+
+
+gym.register("JacksCarRental-v0", jacks_car_rental, disable_env_checker=True, max_episode_steps=365)
 
 
 if __name__ == "__main__":

@@ -21,9 +21,9 @@ Run     python algos/value_iteration.py --env-id Gambler-v0 --plot gambler.png
      9  output π(s) = argmax_a Σ_{s',r} p(s', r | s, a) [r + γ V(s')]
 
 Beyond the pseudo-code: a sweep computes all V(s) at once from the old V, the same limit in a few more sweeps. Where
-actions are equally good (within `tie`) line 9 takes the first, the gambler's smallest stake: left to rounding errors the
-policy's picture would look random. Where γ = 1 and circles are free, as on frozen lakes, a greedy policy may circle for
-ever (FrozenLake8x8-v1: return 0), and the picture's "initialise V arbitrarily" may end above v*: γ = 0.999 is safe.
+actions are equally good (within `tie`) line 9 takes the first, the gambler's smallest stake: left to rounding errors,
+the policy's picture would look random. Where γ = 1 and circles are free, as on frozen lakes, a greedy policy may circle
+for ever (FrozenLake8x8-v1: return 0), and the picture's "initialise V arbitrarily" may end above v*; take γ = 0.999.
 
 Result  V(50) = 0.4, return 0.41 ± 0.49 over 1000 episodes, 40 sweeps: the first command with --eval-episodes 1000
         return 7.91 ± 2.57 over 1000 episodes, 19 sweeps: the second
