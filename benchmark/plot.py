@@ -6,6 +6,7 @@ A curve is the interquartile mean over seeds, its band the 95 % interval of a bo
 task a stratum of its own). What fails stands in the table as failing, what is unfinished or missing as such.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -60,42 +61,77 @@ def draw(task: Task, curves: list[np.ndarray]):
     plt.close(figure)
 
 
-def row(task: Task) -> str:
-    """The task's line of the table."""
-    start = f"| {Path(task.script).stem} | {task.name.split('__')[1]} | {task.threshold:g} | {task.source} |"
+@dataclass
+class Outcome:
+    """What a task's curves say, in words."""
+
+    result: str = ""
+    each: str = ""
+    verdict: str = "not run yet"
+    origin: str = ""
+
+
+def outcome(task: Task) -> Outcome:
     paths = sorted((RESULTS / task.name).glob("seed*.csv"), key=lambda path: int(path.stem[4:]))
     if not paths:
-        return f"{start} | | not run yet | |"
-    seeds = [read(path) for path in paths]
-    curves = [curve for _, curve in seeds]
+        return Outcome()
+    notes, curves = zip(*map(read, paths))
     draw(task, curves)
     last = np.array([curve[-1, 1] for curve in curves])
-    finished = [notes["state"] == "finished" for notes, _ in seeds]
+    finished = [note["state"] == "finished" for note in notes]
     passed = sum(value >= task.threshold - 1e-3 and done for value, done in zip(last, finished))
+    if passed >= task.needed:
+        verdict = f"passed: {passed} of {len(last)}, {task.needed} needed"
+    elif all(finished) and len(last) >= task.seeds:
+        verdict = f"**failed**: {passed} of {len(last)}, {task.needed} needed"
+    else:
+        verdict = f"unfinished at step {min(curve[-1, 0] for curve in curves):.0f}: {len(last)} of {task.seeds} seeds"
     low, high = interval(last)
-    verdict = "passed" if passed >= task.needed else "**failed**" if sum(finished) >= task.seeds else "unfinished"
-    ends = [f"{value:.2f}" for value in last]
-    ends = [end if done else f"{end} at step {curve[-1, 0]:.0f}" for end, curve, done in zip(ends, curves, finished)]
-    command = seeds[0][0]["command"].replace("--seed 1", "--seed …")
-    result = f"{iqm(last):.2f} [{low:.2f}, {high:.2f}] ([curve](results/{task.name}/curve.png))"
-    return (
-        f"{start} {result} | {', '.join(ends)} | "
-        f"{verdict}: {passed} of {len(last)}, {task.needed} needed | `{command}` ({seeds[0][0]['commit']}) |"
+    return Outcome(
+        result=f"{iqm(last):.2f} [{low:.2f}, {high:.2f}]",
+        each=", ".join(f"{value:.2f}" for value in last),
+        verdict=verdict,
+        origin=f"`{notes[0]['command'].replace('--seed 1', '--seed …')}` ({notes[0]['commit']})",
     )
 
 
 HEAD = """# Results
 
 Written by `python benchmark/plot.py` from the curves in `benchmark/results/`, which `python benchmark/run.py` measured.
-The result is the mean return of the last evaluation: interquartile mean over seeds, its 95 % bootstrap interval, then each
-seed. Every seed's file in `results/` names its command and the commit of its script.
+The result is the mean return of the last evaluation: interquartile mean over seeds, its 95 % bootstrap interval, then
+each seed. Every seed's file in `results/` names its command and the commit of its script.
 
 | algorithm | task | threshold | source of the threshold | result | each seed | passed | command (commit) |
 |---|---|--:|---|---|---|---|---|
 """
 
 
+def write_results(outcomes: dict[Task, Outcome]):
+    """Write benchmark/RESULTS.md."""
+    lines = []
+    for task, out in outcomes.items():
+        script, name = task.name.split("__")
+        shown = f"{out.result} ([curve](results/{task.name}/curve.png))" if out.result else ""
+        cells = [script, name, f"{task.threshold:g}", task.source, shown, out.each, out.verdict, out.origin]
+        lines.append(f"| {' | '.join(cells)} |\n")
+    (ROOT / "benchmark" / "RESULTS.md").write_text(HEAD + "".join(lines))
+
+
+def fill_readme(outcomes: dict[Task, Outcome]):
+    """Write the results of each script into the last column of its row in README.md."""
+    lines = (ROOT / "README.md").read_text().split("\n")
+    for script in {task.script for task in outcomes}:
+        own = [
+            (task.name.split("__")[1], out) for task, out in outcomes.items() if task.script == script and out.result
+        ]
+        cell = "; ".join(f"{name} {out.result} {out.verdict.split(':')[0]}" for name, out in own)
+        lines = [f"{line.rsplit('|', 2)[0]}| {cell} |" if f"]({script})" in line else line for line in lines]
+    (ROOT / "README.md").write_text("\n".join(lines))
+
+
 if __name__ == "__main__":
-    table = "\n".join(row(task) for task in TASKS) + "\n"
-    (ROOT / "benchmark" / "RESULTS.md").write_text(HEAD + table)
-    print(table)
+    outcomes = {task: outcome(task) for task in TASKS}
+    write_results(outcomes)
+    fill_readme(outcomes)
+    for task, out in outcomes.items():
+        print(f"{task.name}: {out.result} {out.verdict}")

@@ -1,0 +1,174 @@
+"""Steps per second of a script beside installed peers on the same work, one thread, by CPU time.
+
+    python benchmark/speed.py                                     every comparison, three rounds
+    python benchmark/speed.py td3 --cleanrl ~/cleanrl             one of them, CleanRL's script too, from its checkout
+    pip install stable-baselines3==2.9.2                          lets Stable-Baselines3 take part
+
+Contenders run in turn, each in a process of its own, so that a machine that slows down slows all of them; the figure is
+the median over the rounds, and what counts is the ratio. Imports and evaluation are left out. Writes
+benchmark/results/speed.json.
+"""
+
+import contextlib
+import importlib.util
+import io
+import json
+import os
+import platform
+import runpy
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Comparison:
+    script: str
+    steps: int
+    args: dict
+    """settings of our script"""
+    cleanrl: tuple[str, str] | None = None
+    """CleanRL's script and its command line"""
+    sb3: tuple[str, str, dict] | None = None
+    """class, environment and settings in Stable-Baselines3"""
+
+
+HALF_CHEETAH = dict(learning_rate=3e-4, batch_size=256, learning_starts=1_000, policy_kwargs={"net_arch": [256, 256]})
+COMPARISONS = {
+    "td3 HalfCheetah-v4": Comparison(
+        "algos/td3.py",
+        4_000,
+        dict(env_id="HalfCheetah-v4", learning_starts=1_000),
+        ("td3_continuous_action.py", "--env-id HalfCheetah-v4 --learning-starts 1000"),
+        ("TD3", "HalfCheetah-v4", HALF_CHEETAH),
+    ),
+    "q_learning CliffWalking-v1": Comparison("algos/q_learning.py", 50_000, {}),
+}
+
+
+@dataclass
+class Args:
+    names: tyro.conf.Positional[list[str]] = field(default_factory=list)
+    """comparisons whose names contain one of these; all if none is given"""
+    rounds: int = 3
+    """how often each contender runs"""
+    cleanrl: str = ""
+    """a checkout of CleanRL; without it CleanRL is left out"""
+    measure: str = ""
+    """used between processes: the contender to run once"""
+
+
+def measure_ours(comparison: Comparison, folder: Path = Path("run")) -> float:
+    """CPU seconds of `train`, without its last evaluation."""
+    spec = importlib.util.spec_from_file_location("script", ROOT / comparison.script)
+    module = sys.modules["script"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.evaluate = lambda *args, **kwargs: [0.0]
+    settings = dict(total_timesteps=comparison.steps, eval_every=0, run_dir=str(folder))
+    start = time.process_time()
+    module.train(module.Args(**settings | comparison.args))
+    return time.process_time() - start
+
+
+def measure_cleanrl(comparison: Comparison, checkout: str) -> float:
+    """CPU seconds of CleanRL's script, which speaks gymnasium 0.29: final observations get their old name."""
+    import gymnasium as gym
+    import torch
+    from torch.utils.tensorboard import SummaryWriter  # noqa: F401  (imported before the clock starts)
+
+    class OldVectorEnv(gym.vector.SyncVectorEnv):
+        def __init__(self, env_fns):
+            super().__init__(env_fns, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+
+        def step(self, actions):
+            *result, infos = super().step(actions)
+            if "final_obs" in infos:
+                infos = {"final_observation": infos["final_obs"]}
+            return *result, infos
+
+    gym.vector.SyncVectorEnv = OldVectorEnv
+    torch.set_num_threads(1)
+    script, arguments = comparison.cleanrl
+    sys.path.insert(0, checkout)
+    sys.argv = [script, *arguments.split(), "--total-timesteps", str(comparison.steps), "--no-cuda"]
+    start = time.process_time()
+    runpy.run_path(str(Path(checkout) / "cleanrl" / script), run_name="__main__")
+    return time.process_time() - start
+
+
+def measure_sb3(comparison: Comparison) -> float:
+    """CPU seconds of Stable-Baselines3's `learn`."""
+    import stable_baselines3
+    import torch
+
+    torch.set_num_threads(1)
+    name, env_id, settings = comparison.sb3
+    model = getattr(stable_baselines3, name)("MlpPolicy", env_id, device="cpu", seed=1, **settings)
+    start = time.process_time()
+    model.learn(comparison.steps)
+    return time.process_time() - start
+
+
+def measure(name: str, contender: str, cleanrl: str) -> float:
+    """Steps per CPU second of one contender, from a process of its own in an empty folder."""
+    command = [sys.executable, str(Path(__file__).resolve()), name, "--measure", contender, "--cleanrl", cleanrl]
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        process = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    if process.returncode:
+        sys.exit(f"error: {contender} failed on {name}\n{process.stderr}")
+    return COMPARISONS[name].steps / float(process.stdout.split()[-1])
+
+
+def contenders(comparison: Comparison, args: Args) -> list[str]:
+    with_cleanrl = ["CleanRL"] if comparison.cleanrl and args.cleanrl else []
+    with_sb3 = ["SB3"] if comparison.sb3 and importlib.util.find_spec("stable_baselines3") else []
+    return ["ours", *with_cleanrl, *with_sb3]
+
+
+def compare(name: str, args: Args) -> dict:
+    """Contender -> median steps per CPU second, and the ratio of ours to each peer."""
+    speeds = {contender: [] for contender in contenders(COMPARISONS[name], args)}
+    for _ in range(args.rounds):
+        for contender in speeds:
+            speeds[contender].append(measure(name, contender, args.cleanrl))
+    medians = {contender: statistics.median(values) for contender, values in speeds.items()}
+    ratios = {peer: medians["ours"] / speed for peer, speed in medians.items() if peer != "ours"}
+    words = [f"{who} {speed:.0f} steps/s" for who, speed in medians.items()]
+    words += [f"{ratio:.2f} x {peer}" for peer, ratio in ratios.items()]
+    print(f"{name}: " + ", ".join(words), flush=True)
+    return {"median": medians, "ratio": ratios, "all": speeds, "steps": COMPARISONS[name].steps}
+
+
+def main(args: Args):
+    args.cleanrl = args.cleanrl and str(Path(args.cleanrl).expanduser().resolve())
+    chosen = [name for name in COMPARISONS if not args.names or any(part in name for part in args.names)]
+    if args.measure:
+        functions = {
+            "ours": lambda c: measure_ours(c),
+            "CleanRL": lambda c: measure_cleanrl(c, args.cleanrl),
+            "SB3": lambda c: measure_sb3(c),
+        }
+        with contextlib.redirect_stdout(io.StringIO()):
+            seconds = functions[args.measure](COMPARISONS[chosen[0]])
+        print(seconds)
+        return
+    if not chosen:
+        sys.exit(f"error: no comparison is called like {' or '.join(args.names)}: {', '.join(COMPARISONS)}")
+    path = ROOT / "benchmark" / "results" / "speed.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    for name in chosen:
+        results[name] = compare(name, args) | {"machine": platform.processor() or platform.machine()}
+        path.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
