@@ -21,15 +21,14 @@ Run     python marl_algos/qmix.py --env-id mpe2.simple_spread_v3
     11      W1, W2 ← |hypernetworks of s|;  b1, b2 ← hypernetworks of s
     12      Q_tot(τ, u, s) = W2 · elu(W1 · (Q_1(τ_1, u_1) … Q_n(τ_n, u_n)) + b1) + b2
     13      u_i' ← argmax over legal u of Q_i(τ_i', u);  X ← Q_tot⁻(τ', u', s') of the Q_i⁻ by ψ⁻
-    14      y ← r + γ (1 - terminal) ((1 - λ) X + λ y'),  where y' is the next step's y, and X itself after the last step
+    14      y ← r + γ (1 - terminal) ((1 - λ) X + λ y'),  y' the next step's y, or X if this was the last
     15      descend ∇_θ,ψ mean over real steps (Q_tot - y)²
     16      every `target_every` episodes: θ⁻ ← θ, ψ⁻ ← ψ
 
-The notes have no pseudo-code; this is the pictures' network in the loop of the authors' code (pymarl).
-Beyond the pictures: double Q-learning in line 13 and gradients clipped to norm 10 (the authors' code); λ > 0 (the
-improved one, pymarl2; 0 is the paper's TD target); several environments play at once, and one update follows for each
-episode. An agent that died enters the mixer as 0. The team's reward is the mean (or sum) of the agents' rewards. A
-time limit is not terminal: line 14 still bootstraps from the state it left.
+The notes have no pseudo-code: these are the pictures' networks in the loop of the authors' code (pymarl), which adds
+double Q-learning (line 13) and clips gradients to norm 10. λ > 0 is the later pymarl2's; λ = 0 is the paper's target.
+Several environments play at once, and one update follows for each episode. The team's reward is the mean or the sum of
+the agents' rewards. A dead agent enters the mixer as 0. A time limit is not terminal: line 14 still bootstraps.
 """
 
 import copy
@@ -60,7 +59,7 @@ from tqdm import tqdm
 @dataclass
 class Args:
     env_id: str = "mpe2.simple_spread_v3"
-    """a module with a PettingZoo `parallel_env` of discrete actions; envs.… are this project's adapters"""
+    """a module with a PettingZoo `parallel_env` of discrete actions; adapters to other suites are in envs/"""
     env_kwargs: str = "{}"
     """arguments of the environment, as JSON"""
     team: str = ""
@@ -151,7 +150,7 @@ class Mixer(nn.Module):
     def forward(self, q, s):
         w1 = self.w1(s).abs().unflatten(-1, (self.n, self.mixing_dim))  # line 11
         w2 = self.w2(s).abs()
-        z = F.elu((q.unsqueeze(-2) @ w1).squeeze(-2) + self.b1(s))  # line 12
+        z = F.elu((q.unsqueeze(-1) * w1).sum(-2) + self.b1(s))  # line 12
         return (z * w2).sum(-1) + self.b2(s).squeeze(-1)
 
 
@@ -209,6 +208,13 @@ class QMIX:
         self.optimizer.step()
         return loss.detach()
 
+    @torch.inference_mode()
+    def table(self, obs, state, action, joint):
+        """Q_tot of joint actions (J, n) after a history obs (t, n, obs_dim), action (t-1, n), in state (state_dim,)."""
+        obs, state, action, joint = (torch.as_tensor(x, device=self.device) for x in (obs, state, action, joint))
+        q = self.agents(self.inputs(obs, F.pad(action, (0, 0, 1, 0), value=-1)))[0][-1]
+        return self.mixer(q.gather(1, joint.T).T, state.expand(len(joint), -1)).cpu().numpy()
+
     def update_targets(self):
         self.agents_targ.load_state_dict(self.agents.state_dict())  # line 16
         self.mixer_targ.load_state_dict(self.mixer.state_dict())
@@ -247,9 +253,9 @@ def train(args: Args) -> dict:
     require(1 <= args.batch_size <= args.buffer_size, "batch_size must lie in [1, buffer_size]")
     require(args.num_envs <= min(args.buffer_size, args.target_every), "num_envs is above buffer_size or target_every")
     require(0 <= args.gamma <= 1 and 0 <= args.td_lambda <= 1, "gamma and td_lambda must lie in [0, 1]")
-    require(0 <= args.epsilon_end <= args.epsilon_start <= 1, "0 <= epsilon_end <= epsilon_start <= 1 must hold")
-    sizes = (args.learning_rate, args.epsilon_steps, args.hidden_dim, args.mixing_dim)
-    require(min(sizes) > 0, "learning_rate, epsilon_steps, hidden_dim and mixing_dim must be positive")
+    require(0 <= args.epsilon_end <= args.epsilon_start <= 1, "epsilon must fall, inside [0, 1]")
+    positive = (args.learning_rate, args.epsilon_steps, args.hidden_dim, args.mixing_dim)
+    require(min(positive) > 0, "learning_rate, epsilon_steps, hidden_dim and mixing_dim must be positive")
     team = Team(args.env_id, args.env_kwargs, args.num_envs, args.team, args.reward_mode, args.capture_video)
     require(
         team.discrete, f"qmix needs discrete actions, {args.env_id} has continuous ones; mappo and maddpg take them"
@@ -280,12 +286,13 @@ def train(args: Args) -> dict:
         if replay.added % args.target_every < args.num_envs:
             agent.update_targets()
         run.evaluate_and_save(evaluation)
+    if hasattr(team.envs[0], "show"):  # a matrix game compares what was learnt with its payoffs
+        team.envs[0].show(agent.table)
     return run.finish(evaluation)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Plumbing: the same, to the letter, in every script that has it
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def require(condition: bool, message: str):
@@ -312,7 +319,11 @@ def make_parallel(env_id: str, env_kwargs: str, film: bool):
     sys.path += [folder for folder in (str(Path(__file__).parent), os.getcwd()) if folder not in sys.path]
     try:
         kwargs = json.loads(env_kwargs) | ({"render_mode": "rgb_array"} if film else {})
-        return importlib.import_module(env_id).parallel_env(**kwargs)
+        env = importlib.import_module(env_id).parallel_env(**kwargs)
+        if film:  # learn at once whether it can be filmed
+            env.reset(seed=0)
+            env.render()
+        return env
     except Exception as error:  # whatever an environment raises, its user reads one line
         family, _, name = env_id.rpartition(".")
         known = [module.name for module in pkgutil.iter_modules(getattr(sys.modules.get(family), "__path__", []))]
@@ -334,9 +345,9 @@ class Team:
 
     reset() and step() leave, in new arrays: obs (E, n, obs_dim), flat, padded with zeros (images: obs.reshape(E, n,
     *obs_shape)); state (E, state_dim), env.state() or all observations; mask (E, n, actions), what is legal by
-    observation or info, padding never; alive (E, n), who acts next, the others' actions are ignored; reward (E, n), each
-    agent's own, or for everybody the team's mean or sum; terminated, truncated (E, n), whom this step ended, for good or
-    by a time limit; done (E,), nobody acts next; returns (mean over agents), lengths (E,) of the episode so far.
+    observation or info, padding never; alive (E, n), who acts next, actions of others are ignored; reward (E, n), each
+    agent's own, or for everybody the team's mean or sum; terminated, truncated (E, n), whom this step ended, for good
+    or by a time limit; done (E,), nobody acts next; returns (mean over agents), lengths (E,) of the episode so far.
     A copy that is done stays as it ended, with the true last obs and state, reward 0, until reset(done). Continuous
     actions (E, n, actions) are clipped into [low, high]. Agents whose names do not begin with `prefix` act at random.
     """
@@ -349,10 +360,10 @@ class Team:
         self.agents = [agent for agent in env.possible_agents if agent.startswith(prefix)]
         self.others = {agent: env.action_space(agent) for agent in env.possible_agents if agent not in self.agents}
         require(self.agents, f"no agent begins with {prefix}: {', '.join(env.possible_agents)}")
-        spaces, self.n = [env.action_space(agent) for agent in self.agents], len(self.agents)
+        self.n, spaces = len(self.agents), [env.action_space(agent) for agent in self.agents]
         self.discrete = all(isinstance(space, gym.spaces.Discrete) for space in spaces)
         boxes = all(isinstance(space, gym.spaces.Box) and space.is_bounded() for space in spaces)
-        require(self.discrete or boxes, f"actions must all be Discrete, or all bounded Boxes; {env_id} has {spaces}")
+        require(self.discrete or boxes, f"actions must all be Discrete or all bounded Boxes; {env_id} has {spaces}")
         self.action_spaces, self.sizes = spaces, [int(flatdim(space)) for space in spaces]
         self.num_actions = max(self.sizes)
         self.low, self.high = np.zeros((2, self.n, self.num_actions), np.float32)
@@ -397,7 +408,7 @@ class Team:
         """One step of each copy that is not done: actions (E, n), or (E, n, actions) if they are continuous."""
         actions = actions if self.discrete else np.clip(actions.astype(np.float32), self.low, self.high)
         for e, (env, row) in enumerate(zip(self.envs, self.rows)):
-            if row["done"]:
+            if row["done"]:  # some environments crash when they are stepped after their end
                 row["reward"] = np.zeros_like(row["reward"])
                 continue
             act = {self.agents[i]: self.convert(i, actions[e, i]) for i in np.flatnonzero(row["alive"])}
@@ -405,11 +416,12 @@ class Team:
                 legal = split_mask(self.heard[e][0][agent], self.heard[e][1].get(agent, {}))[1]
                 act[agent] = self.others[agent].sample(None if legal is None else np.asarray(legal, np.int8))
             new = self.row(e, *env.step(act))
-            new |= {"returns": row["returns"] + new["reward"].mean(), "lengths": row["lengths"] + 1}
-            self.rows[e] = new
+            total = {"returns": row["returns"] + new["reward"].mean(), "lengths": row["lengths"] + 1}
+            self.rows[e] = new | total
         self.stack()
 
     def convert(self, i: int, action):
+        """The action as agent i's space has it."""
         space = self.action_spaces[i]
         return int(action + space.start) if self.discrete else action[: self.sizes[i]].reshape(space.shape)
 
@@ -424,11 +436,10 @@ class Team:
                 mask[i, : self.sizes[i]] = True if legal is None else legal
         reward = np.array([rewards.get(agent, 0.0) for agent in self.agents], np.float32)
         if self.reward_mode != "own":
-            reward[:] = reward.sum() if self.reward_mode == "sum" else reward.mean()
-        terminated, truncated = (
-            np.array([d.get(a, False) for a in self.agents], bool) for d in (terminated, truncated)
-        )
-        alive = np.array([agent in self.envs[e].agents for agent in self.agents]) & ~terminated & ~truncated
+            reward[:] = reward.mean() if self.reward_mode == "mean" else reward.sum()
+        live, truncated = self.envs[e].agents, np.array([truncated.get(agent, False) for agent in self.agents])
+        terminated = np.array([terminated.get(agent, False) for agent in self.agents])
+        alive = np.array([agent in live for agent in self.agents]) & ~terminated & ~truncated
         state = np.asarray(self.envs[e].state()) if self.has_state else obs
         state = state.ravel().astype(np.float32) / (255 if state.dtype == np.uint8 else 1)
         self.heard[e] = seen, infos
@@ -448,7 +459,7 @@ class EpisodeReplay:
         self.lengths = torch.zeros(capacity, dtype=torch.long)
 
     def add(self, lengths: np.ndarray, episodes: dict[str, np.ndarray]):
-        """Episodes of these lengths (E,): fields (E, T, ...), or (E, T + 1, ...) where the last step has a successor."""
+        """Episodes of these lengths (E,): fields (E, T, ...), or (E, T + 1, ...) with what follows the last step."""
         index = (self.added + torch.arange(len(lengths))) % self.capacity
         self.added, self.lengths[index] = self.added + len(lengths), torch.from_numpy(lengths)
         for name, field in episodes.items():
@@ -462,12 +473,11 @@ class EpisodeReplay:
         self.fields[name][index, : new.shape[1]] = new.to(self.device)
 
     def sample(self, batch_size: int) -> dict[str, torch.Tensor]:
-        """Episodes drawn uniformly, cut to the longest of them; `real` (batch, T) is 1 at the steps that were played."""
+        """Episodes drawn uniformly, cut to the longest of them; `real` (batch, T) is 1 at steps that were played."""
         index = torch.randint(min(self.added, self.capacity), (batch_size,))
-        lengths, longest = self.lengths[index], min(field.shape[1] for field in self.fields.values())
-        spare, steps = longest - int(lengths.max()), torch.arange(int(lengths.max()))
-        batch = {name: field[:, : field.shape[1] - spare] for name, field in self.fields.items()}
-        batch = {name: field[index.to(self.device)] for name, field in batch.items()}
+        lengths, steps = self.lengths[index], torch.arange(int(self.lengths[index].max()))
+        spare = min(field.shape[1] for field in self.fields.values()) - len(steps)
+        batch = {name: field[:, : field.shape[1] - spare][index] for name, field in self.fields.items()}
         return batch | {"real": (steps < lengths[:, None]).float().to(self.device)}
 
     def state_dict(self) -> dict:

@@ -60,7 +60,7 @@ def m_step(m: int):
 
 
 class MatrixGame(ParallelEnv):
-    """payoffs, after (states, actions of agent 0, of agent 1, ...): reward, next state (-1: the end); seen (states, d)."""
+    """payoffs, after (states, actions of agent 0, of agent 1, ...): reward, next state or -1; seen (states, d)."""
 
     metadata = {"name": "matrix_game", "render_modes": []}
 
@@ -104,3 +104,16 @@ class MatrixGame(ParallelEnv):
             for joint in np.argwhere(self.after[state] > 0).tolist():  # later states follow only from earlier ones
                 paths.setdefault(int(self.after[state][tuple(joint)]), (*paths[state], tuple(joint)))
         return shown
+
+    def show(self, q_tot):
+        """Print q_tot(obs (t, n, d), state (d,), joint actions before (t - 1, n), joint actions) beside the payoffs."""
+        for path, payoff in self.decisions():
+            states = [0]
+            for joint in path:
+                states.append(int(self.after[states[-1]][joint]))
+            obs = np.repeat(self.seen[states][:, None], payoff.ndim, axis=1)
+            joints = np.array(list(np.ndindex(payoff.shape)))
+            table = q_tot(obs, self.seen[states[-1]], np.array(path, int).reshape(-1, payoff.ndim), joints)
+            table = np.round(table.astype(float), 2).reshape(payoff.shape)
+            after = f" after {', '.join(map(str, path))}" if path else ""
+            print(f"Q_tot{after}: {table.tolist()} | payoff: {payoff.tolist()}")
