@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -86,13 +87,16 @@ def test_tells_of_a_run_that_failed_and_of_names_that_fit_nothing(folders):
         run.main(run.Args(names=["nothing"]))
 
 
-def test_runs_on_a_ray_cluster(folders, capsys):
-    ray = pytest.importorskip("ray")
-    try:
-        run.main(run.Args(address="local", seeds=1))
-    finally:
-        ray.shutdown()
-    assert "q_learning__short seed 1: return" in capsys.readouterr().out
+def test_runs_on_a_ray_cluster(tmp_path):
+    pytest.importorskip("ray")
+    for folder in ("algos", "benchmark"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("results", "__pycache__"))
+    with open(tmp_path / "benchmark" / "tasks.py", "a") as file:
+        file.write(f"\nTASKS = [{SHORT!r}]\n")
+    command = [sys.executable, "benchmark/run.py", "--address", "local", "--seeds", "1"]
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert "q_learning__short seed 1: return" in process.stdout, process.stderr
+    assert plot.read(tmp_path / "benchmark" / "results" / SHORT.name / "seed1.csv")[0]["state"] == "finished"
 
 
 def test_interquartile_mean_and_its_interval():
