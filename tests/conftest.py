@@ -37,29 +37,20 @@ SMALL = dict(  # enough for a few updates of any script; a script takes the sett
 
 
 DRIVER = """
-import copy, importlib, json, os, signal, sys
+import copy, importlib, json, sys
 import torch
 
-script, settings, kill_at = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
-module = importlib.import_module(script)
-report, parts, before, replaced = {"unchanged": []}, {}, {}, []
+module = importlib.import_module(sys.argv[1])
+report, parts, before = {"unchanged": []}, {}, {}
 
 def start(run, last, **given):  # remember what the run started from
     original_start(run, last, **given)
-    report["started_at"] = run.step
     parts.update(given)
     before.update({name: copy.deepcopy(part.state_dict()) for name, part in given.items()})
 
-def replace(source, target):  # kill the process when its kill_at-th checkpoint is written, but not yet in place
-    replaced.append(target)
-    if len(replaced) == kill_at:
-        os.kill(os.getpid(), signal.SIGKILL)
-    original_replace(source, target)
-
 if hasattr(module, "Run"):
-    original_start, original_replace = module.Run.start, os.replace
-    module.Run.start, os.replace = start, replace
-report["result"] = module.train(module.Args(**settings))
+    original_start, module.Run.start = module.Run.start, start
+report["result"] = module.train(module.Args(**json.loads(sys.argv[2])))
 for name, part in parts.items():
     if isinstance(part, torch.nn.Module):
         for key, value in part.named_parameters():
@@ -70,12 +61,12 @@ json.dump(report, open("report.json", "w"))
 """
 
 
-def run_alone(script: str, folder: Path, kill_at: int = 0, **settings) -> tuple[subprocess.CompletedProcess, dict]:
+def run_alone(script: str, folder: Path, **settings) -> tuple[subprocess.CompletedProcess, dict]:
     """Run a script that was copied alone into `folder`; returns the process and what the driver above saw."""
     shutil.copy(ROOT / script, folder)
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "DISPLAY")}
     process = subprocess.run(
-        [sys.executable, "-c", DRIVER, Path(script).stem, json.dumps(settings), str(kill_at)],
+        [sys.executable, "-c", DRIVER, Path(script).stem, json.dumps(settings)],
         cwd=folder,
         env=environment,
         capture_output=True,

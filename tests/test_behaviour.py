@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
+import os
 import signal
 
 import pytest
 import torch
-from conftest import SCRIPTS, equal, fields, load, run_alone, scalars, small_args
+from conftest import SCRIPTS, equal, fields, load, scalars, small_args
 
 RESUMABLE = [script for script in SCRIPTS if "resume" in fields(script)]
 IMPOSSIBLE = [  # a setting, a value it must not have
@@ -69,18 +70,42 @@ def test_evaluation_leaves_training_untouched(script, tmp_path):
     assert len(scalars(tmp_path / "with")["eval/return"]) > len(scalars(tmp_path / "without")["eval/return"])
 
 
+def train_and_be_killed(script: str, folder, replace_at: int) -> int:
+    """Train in a forked process that kills itself when its checkpoint is written, but not in place, for that time."""
+    child = os.fork()
+    if child == 0:
+        original, calls = os.replace, []
+
+        def replace(source, target):
+            calls.append(target)
+            if len(calls) == replace_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            original(source, target)
+
+        os.replace = replace
+        try:
+            train(script, folder, checkpoint_every=100)
+        finally:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
 @pytest.mark.parametrize("script", RESUMABLE)
-def test_killed_while_it_writes_a_checkpoint_it_resumes_from_the_one_before(script, tmp_path):
-    settings = small_args(script, run_dir="run", checkpoint_every=100)
-    process, _ = run_alone(script, tmp_path, kill_at=2, **settings)
-    assert process.returncode == -signal.SIGKILL
+def test_killed_while_it_writes_a_checkpoint_it_resumes_from_the_one_before(script, tmp_path, monkeypatch):
+    assert train_and_be_killed(script, tmp_path / "run", replace_at=2) == -signal.SIGKILL
     saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"]
-    assert 0 < saved < settings["total_timesteps"]
-    process, report = run_alone(script, tmp_path, resume="run")
-    assert process.returncode == 0, process.stderr
-    assert report["started_at"] == saved
-    assert report["result"]["steps"] >= settings["total_timesteps"]
-    assert report["result"]["args"]["checkpoint_every"] == 100, "the run's own settings"
+    module, started_at = load(script), []
+
+    def start(run, *args, original=module.Run.start, **parts):
+        original(run, *args, **parts)
+        started_at.append(run.step)
+
+    monkeypatch.setattr(module.Run, "start", start)
+    result = module.train(module.Args(resume=str(tmp_path / "run")))
+    total = small_args(script)["total_timesteps"]
+    assert started_at == [saved] and 0 < saved < total <= result["steps"]
+    assert result["args"]["checkpoint_every"] == 100, "the run's own settings"
+    assert not (tmp_path / "run" / "checkpoint.tmp").exists()
 
 
 @pytest.mark.parametrize("script", RESUMABLE)
@@ -96,7 +121,7 @@ def test_refuses_to_resume_another_run(script, tmp_path, capsys):
     assert "other settings: seed 5" in refused(script, tmp_path, capsys, resume=str(tmp_path / "mine"), seed=6)
     settings = tmp_path / "mine" / "args.json"
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"script": "another"}))
-    assert "is not a run of this" in refused(script, tmp_path, capsys, resume=str(tmp_path / "mine"), seed=5)
+    assert "not the folder of a run of this" in refused(script, tmp_path, capsys, resume=str(tmp_path / "mine"), seed=5)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
