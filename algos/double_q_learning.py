@@ -1,0 +1,353 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["gymnasium", "matplotlib", "numpy", "tensorboard", "torch", "tqdm", "tyro"]
+# ///
+"""Double Q-learning: two tables, one chooses the best action, the other says what it is worth.
+
+Paper   van Hasselt, 2010. https://papers.nips.cc/paper/3964-double-q-learning
+        Sutton & Barto, 2018, section 6.7. http://incompleteideas.net/book/the-book-2nd.html
+Notes   "Temporal Difference Learning"; the lines of pics/rl_9.png, numbered; "Double DQN (2016)", pics/double_3.png
+Run     python algos/double_q_learning.py --env-id CliffWalking-v1
+        python algos/double_q_learning.py --plot double_3.png
+
+     1  initialise Q1(s, a) and Q2(s, a) for all s, a, arbitrarily;  both are 0 at terminal states
+     2  repeat for each episode:
+     3      initialise S
+     4      repeat for each step of the episode:
+     5          choose A from S by a policy derived from Q1 and Q2 (ε-greedy in Q1 + Q2)
+     6          take A, observe R, S'
+     7          with probability 0.5:  Q1(S, A) ← Q1(S, A) + α (R + γ Q2(S', argmax_a Q1(S', a)) - Q1(S, A))
+     8          else:                  Q2(S, A) ← Q2(S, A) + α (R + γ Q1(S', argmax_a Q2(S', a)) - Q2(S, A))
+     9          S ← S'
+    10      until S is terminal
+
+Beyond the pseudo-code: equally good actions are chosen between at random, in lines 5, 7 and 8 alike; a time limit ends
+an episode without making S' terminal, so lines 7 and 8 still bootstrap from it.
+The notes call the double estimate unbiased: it is so for the action that was chosen, and below max_a E[Q] for the best.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    env_id: str = "CliffWalking-v1"
+    """a gymnasium environment with Discrete observations and actions"""
+    env_kwargs: str = "{}"
+    """arguments of the environment, as JSON"""
+    total_timesteps: int = 20_000
+    """environment steps"""
+    alpha: float = 0.5
+    """α, step size"""
+    gamma: float = 1.0
+    """γ, discount"""
+    epsilon: float = 0.1
+    """ε, how often an action is drawn uniformly from all"""
+    plot: str = ""
+    """file for the book's figure, drawn after the run; none if empty"""
+
+    seed: int = 1
+    """seeds the exploration and the environment"""
+    run_dir: str = ""
+    """folder of log, checkpoint and result; runs/<env>__<script>__<seed>__<time> if empty"""
+    eval_every: int = 1_000
+    """steps between evaluations, 0 for the last one only"""
+    eval_episodes: int = 10
+    """episodes of the greedy policy in an evaluation"""
+    checkpoint_every: int = 100_000
+    """steps between checkpoints, 0 for the last one only"""
+    resume: str = ""
+    """folder of a run to continue, with that run's settings"""
+    capture_video: bool = False
+    """film the first episode of the last evaluation"""
+
+
+class DoubleQLearning:
+    """The tables Q1 and Q2 (2, states, actions), the ε-greedy policy of their sum and their update."""
+
+    def __init__(self, num_states: int, num_actions: int, args: Args):
+        self.args, self.num_actions = args, num_actions
+        self.rng = np.random.default_rng(args.seed)
+        self.q = np.zeros((2, num_states, num_actions))  # line 1
+
+    def best(self, values: np.ndarray) -> int:
+        best = np.flatnonzero(values == values.max())
+        return int(best[self.rng.integers(len(best))])
+
+    def act(self, s: int) -> int:
+        if self.rng.random() < self.args.epsilon:  # line 5
+            return int(self.rng.integers(self.num_actions))
+        return self.best(self.q[0, s] + self.q[1, s])
+
+    def update(self, s: int, a: int, r: float, s2: int, terminal: bool):
+        mine, other = self.q if self.rng.random() < 0.5 else self.q[::-1]
+        target = r + self.args.gamma * (1 - terminal) * other[s2, self.best(mine[s2])]
+        mine[s, a] += self.args.alpha * (target - mine[s, a])  # lines 7, 8
+
+    def state_dict(self) -> dict:
+        return {"q": torch.from_numpy(self.q.copy()), "rng": self.rng.bit_generator.state}
+
+    def load_state_dict(self, state: dict):
+        self.q, self.rng.bit_generator.state = state["q"].numpy(), state["rng"]
+
+
+def train(args: Args) -> dict:
+    """Train, evaluate, and return what <run_dir>/result.json holds."""
+    run = Run("double_q_learning", args)
+    args = run.args
+    require(0 < args.alpha <= 1, "alpha must lie in (0, 1]")
+    require(0 <= args.gamma <= 1 and 0 <= args.epsilon <= 1, "gamma and epsilon must lie in [0, 1]")
+    env = make_env(args.env_id, args.env_kwargs)
+    obs_space, action_space = env.observation_space, env.action_space
+    require(
+        isinstance(obs_space, gym.spaces.Discrete) and isinstance(action_space, gym.spaces.Discrete),
+        f"double_q_learning needs Discrete observations and actions (for others: double_dqn, td3); "
+        f"{args.env_id} has {obs_space} and {action_space}",
+    )
+    agent = DoubleQLearning(obs_space.n, action_space.n, args)
+
+    def greedy(s: int) -> int:
+        return int(agent.q[:, s].sum(axis=0).argmax())
+
+    def evaluation(film: Path | None = None) -> list[float]:
+        return evaluate(greedy, make_env(args.env_id, args.env_kwargs, film), args.eval_episodes, max_steps=1_000)
+
+    run.start(args.total_timesteps, agent=agent)
+    s, _ = env.reset(seed=args.seed + run.step)  # line 3
+    while run.step < args.total_timesteps:  # lines 2, 4
+        a = agent.act(s)  # line 5
+        s2, r, terminated, truncated, info = env.step(a)  # line 6
+        run.advance()
+        agent.update(s, a, r, s2, terminated)  # lines 7, 8
+        s = s2  # line 9
+        if terminated or truncated:  # line 10
+            run.log_episode(info["episode"])
+            s, _ = env.reset()
+        run.evaluate_and_save(evaluation)
+    if args.plot:
+        figure(args)
+    return run.finish(evaluation)
+
+
+# The book's world and figure
+
+
+def left_actions(double: bool, episodes: int = 300, runs: int = 10_000, seed: int = 0) -> np.ndarray:
+    """How often (episodes,) the runs go left from A in the world of pics/double_3.png: lines 1-10 in all runs at once.
+
+    From A, right ends the episode and left leads to B, both for a reward of 0; each of the ten actions of B ends it for
+    a reward of N(-0.1, 1), so that right is better. α = 0.1, γ = 1, ε = 0.1. With `double` false both tables are the
+    same one: Q-learning.
+    """
+    rng, everyone = np.random.default_rng(seed), np.arange(runs)
+    a_values, b_values = np.zeros((1 + double, runs, 2)), np.zeros((1 + double, runs, 10))
+    lefts = np.zeros(episodes)
+
+    def best(values):  # in every row, ties at random
+        return np.where(values == values.max(axis=1, keepdims=True), rng.random(values.shape), -1.0).argmax(axis=1)
+
+    def act(tables):
+        uniform = rng.integers(tables.shape[2], size=runs)
+        return np.where(rng.random(runs) < 0.1, uniform, best(tables.sum(axis=0)))
+
+    for episode in range(episodes):
+        mine = rng.integers(1 + double, size=runs)  # the table that is updated; the other one is double - mine
+        from_a = act(a_values)
+        left = from_a == 0
+        lefts[episode] = left.mean()
+        from_b, reward = act(b_values), rng.normal(-0.1, 1, runs)
+        target = left * b_values[double - mine, everyone, best(b_values[mine, everyone])]
+        a_values[mine, everyone, from_a] += 0.1 * (target - a_values[mine, everyone, from_a])
+        mine = rng.integers(1 + double, size=runs)
+        b_values[mine, everyone, from_b] += 0.1 * left * (reward - b_values[mine, everyone, from_b])
+    return lefts
+
+
+def figure(args: Args):
+    """Figure 6.5: the maximum over noisy values makes Q-learning go left where it should not."""
+    plt = pyplot()
+    _, axes = plt.subplots(figsize=(6.5, 4), layout="constrained")
+    for name, double, color in (("Q-learning", False, "tab:red"), ("Double Q-learning", True, "tab:green")):
+        axes.plot(np.arange(1, 301), 100 * left_actions(double, seed=args.seed), color=color, label=name)
+    axes.axhline(5, color="black", linestyle="--", linewidth=1, label="optimal (ε / 2)")
+    axes.set(xlabel="episodes", ylabel="% left actions from A", xlim=(1, 300), ylim=(0, 100))
+    axes.set_title("10 000 runs, α = 0.1, ε = 0.1")
+    axes.legend()
+    plt.savefig(args.plot, dpi=150)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Plumbing: the same, to the letter, in every script that has it
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def require(condition: bool, message: str):
+    """Leave with one line and exit code 2 unless the condition holds."""
+    if not condition:
+        print("error:", *message.split(), file=sys.stderr)
+        raise SystemExit(2)
+
+
+def make_env(env_id: str, env_kwargs: str, film: Path | None = None) -> gym.Env:
+    """The environment, its episodes counted; with `film`, the first of them recorded into that folder."""
+    if film and sys.platform == "linux" and "DISPLAY" not in os.environ:
+        os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo draws without a display
+    gym.logger.min_level = gym.logger.ERROR  # no word about newer versions of the environment at each evaluation
+    try:
+        env = gym.make(env_id, render_mode="rgb_array" if film else None, **json.loads(env_kwargs))
+        if film:
+            env = gym.wrappers.RecordVideo(env, str(film), episode_trigger=lambda episode: episode == 0)
+    except (gym.error.Error, ImportError, TypeError, ValueError) as error:
+        require(False, f"cannot make {env_id}: {error}")
+    return gym.wrappers.RecordEpisodeStatistics(env)
+
+
+def evaluate(act, env: gym.Env, episodes: int, max_steps: int = 27_000) -> list[float]:
+    """Undiscounted returns of `act` (observation -> action) in `env`, always from the same seeds; closes `env`."""
+    returns = []
+    for episode in range(episodes):
+        obs, _ = env.reset(seed=10_000 + episode)
+        returns.append(0.0)
+        for _ in range(max_steps):  # where no time limit ends an episode, a greedy policy may walk in circles
+            obs, reward, terminated, truncated, _ = env.step(act(obs))
+            returns[-1] += float(reward)
+            if terminated or truncated:
+                break
+    env.close()
+    return returns
+
+
+def pyplot():
+    """matplotlib's pyplot, imported only when a figure is asked for, drawing into files."""
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        require(False, "a figure needs matplotlib: pip install matplotlib")
+    pyplot.switch_backend("agg")
+    return pyplot
+
+
+class Run:
+    """A run's folder and what goes there: settings, TensorBoard log, checkpoint, result; and its progress bar."""
+
+    def __init__(self, script: str, args):
+        require(min(args.total_timesteps, args.eval_episodes) >= 1, "total_timesteps, eval_episodes must be positive")
+        require(min(args.eval_every, args.checkpoint_every) >= 0, "eval_every, checkpoint_every must not be negative")
+        if args.resume:
+            settings = Path(args.resume) / "args.json"
+            saved = json.loads(settings.read_text()) if settings.is_file() else {}
+            given, default = asdict(args) | {"run_dir": args.resume}, asdict(type(args)())
+            mine = saved.pop("script", "") == script and saved.keys() == given.keys()
+            require(mine, f"{args.resume} is not the folder of a run of this {script}")
+            saved |= {"run_dir": args.resume, "resume": args.resume}
+            typed = {word.split("=")[0].strip("-").replace("-", "_") for word in sys.argv[1:]}
+            other = [k for k in given if given[k] != saved[k] and (given[k] != default[k] or k in typed)]
+            require(not other, f"{args.resume} has other settings: " + ", ".join(f"{k} {saved[k]}" for k in other))
+            args = type(args)(**saved)
+        name = f"{args.env_id.replace('/', '-')}__{script}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        self.script, self.args, self.folder = script, args, Path(args.run_dir or f"runs/{name}")
+
+    def start(self, last: int, **parts):
+        """Open the folder; load the checkpoint of the run to resume, if there is one. The run ends at step `last`."""
+        self.last, self.parts, self.step, self.seconds = last, parts, 0, 0.0
+        self.sums, self.next_line, self.status = {}, 30.0, "no episode yet"
+        checkpoint = self.folder / "checkpoint.pt"
+        if not self.args.resume:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for old in (checkpoint, self.folder / "result.json"):
+                old.unlink(missing_ok=True)
+            (self.folder / "args.json").write_text(json.dumps({"script": self.script, **asdict(self.args)}, indent=1))
+        elif checkpoint.exists():
+            state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+            self.step, self.seconds, (cpu, *gpus) = state["step"], state["seconds"], state["rng"]
+            torch.set_rng_state(cpu)
+            torch.cuda.set_rng_state_all(gpus[: torch.cuda.device_count()])
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+        self.writer = SummaryWriter(self.folder, purge_step=self.step + 1)
+        self.bar = tqdm(initial=self.step, total=last, unit="step", disable=None)
+        self.began = time.perf_counter() - self.seconds
+
+    def advance(self, count: int = 1):
+        """`count` more environment steps are done."""
+        self.step, self.stride, self.seconds = self.step + count, count, time.perf_counter() - self.began
+        self.bar.update(count)
+        if self.due(max(self.last // 500, 1)):
+            self.flush()
+        if self.bar.disable and self.seconds > self.next_line:  # no terminal: a line now and then
+            self.next_line = self.seconds + 30
+            print(f"{self.step}/{self.last} steps | {self.status} | {self.step / self.seconds:.0f} steps/s", flush=True)
+
+    def due(self, every: int) -> bool:
+        """Did the latest steps complete a multiple of `every`? Not at the end: `finish` evaluates and saves anyway."""
+        return every > 0 and self.step % every < self.stride and self.step < self.last
+
+    def log(self, scalars: dict):
+        """Collect scalars; five hundred times a run their means since the last time go to TensorBoard."""
+        for tag, value in scalars.items():
+            total, count = self.sums.get(tag, (0.0, 0))
+            self.sums[tag] = (total + value, count + 1)
+
+    def log_episode(self, episode: dict):
+        """Collect the return r and the length l of an episode of training."""
+        self.log({"charts/episodic_return": float(episode["r"]), "charts/episodic_length": int(episode["l"])})
+        self.status = f"return {float(episode['r']):.2f}"
+        self.bar.set_description_str(self.status, refresh=False)
+
+    def flush(self):
+        """Write what `log` collected. A loss that is not finite ends the run: the last checkpoint is still good."""
+        for tag, (total, count) in self.sums.items():
+            mean = float(total) / count
+            good = math.isfinite(mean) or not tag.startswith("losses/")
+            require(good, f"{tag} is {mean} at step {self.step}; the last good checkpoint, if any, is in {self.folder}")
+            self.writer.add_scalar(tag, mean, self.step)
+        self.writer.add_scalar("charts/steps_per_second", self.step / self.seconds, self.step)
+        self.sums = {}
+
+    def save(self):
+        """Write the checkpoint aside, then put it in place: a kill leaves the old one or the new one, never a half."""
+        self.flush()
+        self.writer.flush()
+        rng = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+        states = {name: part.state_dict() for name, part in self.parts.items()}
+        torch.save({"step": self.step, "seconds": self.seconds, "rng": rng, **states}, self.folder / "checkpoint.tmp")
+        os.replace(self.folder / "checkpoint.tmp", self.folder / "checkpoint.pt")
+
+    def evaluate_and_save(self, evaluation):
+        """Each when it is due; `evaluation` returns the returns of its episodes."""
+        if self.due(self.args.eval_every):
+            self.writer.add_scalar("eval/return", np.mean(evaluation()), self.step)
+        if self.due(self.args.checkpoint_every):
+            self.save()
+
+    def finish(self, evaluation) -> dict:
+        """Save, evaluate once more (and film it, if asked), write result.json, print the final line."""
+        self.save()
+        self.bar.close()
+        returns = evaluation(self.folder / "videos" if self.args.capture_video else None)
+        mean, std, speed = float(np.mean(returns)), float(np.std(returns)), self.step / self.seconds
+        self.writer.add_scalar("eval/return", mean, self.step)
+        self.writer.close()
+        result = {"script": self.script, "args": asdict(self.args), "return": mean, "std": std, "returns": returns}
+        result |= {"steps": self.step, "seconds": self.seconds, "steps_per_second": speed}
+        (self.folder / "result.json").write_text(json.dumps(result, indent=1))
+        print(f"final: return {mean:.2f} ± {std:.2f} over {len(returns)} episodes", end=" | ")
+        print(f"{self.step} steps | {self.seconds:.1f} s | {speed:.0f} steps/s")
+        return result
+
+
+if __name__ == "__main__":
+    train(tyro.cli(Args))
