@@ -124,19 +124,12 @@ class ImageFeatures(nn.Module):
         return self.net(s.flatten(1, 2) / 255).flatten(1)
 
 
-class QNetwork(nn.Module):
+def q_network(obs_shape: tuple[int, ...], num_actions: int, hidden_sizes: list[int]) -> nn.Sequential:
     """Q(·, ·; θ): s (batch, *obs_shape) -> values (batch, |A|)."""
-
-    def __init__(self, obs_shape: tuple[int, ...], num_actions: int, hidden_sizes: list[int]):
-        super().__init__()
-        if len(obs_shape) == 1:
-            self.net = mlp(obs_shape[0], *hidden_sizes, num_actions)
-        else:
-            features = ImageFeatures(*obs_shape)
-            self.net = nn.Sequential(features, mlp(features.width, 128, num_actions))
-
-    def forward(self, s):
-        return self.net(s.float())
+    if len(obs_shape) == 1:
+        return mlp(obs_shape[0], *hidden_sizes, num_actions)
+    features = ImageFeatures(*obs_shape)
+    return nn.Sequential(features, mlp(features.width, 128, num_actions))
 
 
 class DQN:
@@ -144,7 +137,7 @@ class DQN:
 
     def __init__(self, obs_shape: tuple[int, ...], num_actions: int, args: Args, device: torch.device):
         self.args, self.num_actions, self.device = args, num_actions, device
-        self.q = QNetwork(obs_shape, num_actions, args.hidden_sizes).to(device)  # line 2
+        self.q = q_network(obs_shape, num_actions, args.hidden_sizes).to(device)  # line 2
         self.q_targ = copy.deepcopy(self.q).requires_grad_(False) if args.target_network else self.q
         self.optimizer = torch.optim.Adam(self.q.parameters(), lr=args.learning_rate, fused=True)
 
@@ -157,7 +150,8 @@ class DQN:
     def act(self, s: np.ndarray, epsilon: float = 0.0) -> int:
         if random.random() < epsilon:
             return random.randrange(self.num_actions)  # line 6
-        return int(self.q(torch.as_tensor(s, device=self.device).unsqueeze(0)).argmax())  # line 7
+        s = torch.as_tensor(s, dtype=torch.float32, device=self.device)
+        return int(self.q(s.unsqueeze(0)).argmax())  # line 7
 
     def target(self, r, s2, d):
         """y (batch,), the value that Q learns."""
@@ -262,72 +256,71 @@ def mlp(*widths: int) -> nn.Sequential:
 
 
 class FrameReplay:
-    """A ring of frames, each kept once. An observation is the last `stack` frames: images; or one frame: a vector.
+    """A ring of frames, each kept once. An observation is `stack` frames in a row, if it is an image, or one: a vector.
 
-    Slot i holds frame x_i and the action, reward and end of the step from x_i to x_i+1; where an episode begins, all
-    frames of its first observation are written, so that no window of frames reaches into another episode.
+    Slot i holds frame x_i and a, r, d of the step from x_i to x_i+1. Where an episode begins, all frames of its first
+    observation are written, so that no row of frames reaches into another episode.
     """
 
     def __init__(self, capacity: int, obs_space: gym.spaces.Box, device: torch.device):
-        self.obs_shape = obs_space.shape
-        self.stack, *frame = obs_space.shape if len(obs_space.shape) == 4 else (1, *obs_space.shape)
-        dtype = torch.uint8 if obs_space.dtype == np.uint8 else torch.float32
+        self.obs_shape, self.device = obs_space.shape, device
+        self.rows = obs_space.shape if len(obs_space.shape) == 4 else (1, *obs_space.shape)  # (stack, *frame)
+        self.stack, *frame = self.rows
+        dtype = np.dtype(np.uint8 if len(obs_space.shape) == 4 else np.float32)
         require(capacity > self.stack, f"buffer_size must be above {self.stack}")
-        require_memory(f"a replay of {capacity} frames", capacity * (math.prod(frame) * dtype.itemsize + 13), device)
-        self.frames = torch.zeros(capacity, *frame, dtype=dtype, device=device)
-        self.a_r_d = np.zeros((capacity, 3), dtype=np.float32)
-        self.complete = np.zeros(capacity, dtype=bool)  # are all frames of slot i's s and s' still, or already, there?
+        require_memory(f"a replay of {capacity} frames", capacity * (math.prod(frame) * dtype.itemsize + 13))
+        self.frames = np.zeros((capacity, *frame), dtype)
+        self.a_r_d = np.zeros((capacity, 3), np.float32)
+        self.complete = np.zeros(capacity, bool)  # are all frames of slot i's s and s' there?
         self.size, self.next, self.last_s2 = 0, 0, None
 
     def write(self, frame: np.ndarray):
-        """Put x into the next slot; the observations that the old frame there was part of are lost."""
-        self.complete[(self.next + np.arange(self.stack)) % len(self.complete)] = False
-        self.frames[self.next] = torch.from_numpy(frame)
+        """Put a frame into the next slot, and give up the steps whose s had the frame that was there."""
+        for slot in range(self.next, self.next + self.stack):
+            self.complete[slot % len(self.complete)] = False
+        self.frames[self.next] = frame
         self.next = (self.next + 1) % len(self.complete)
         self.size = min(self.size + 1, len(self.complete))
 
     def add(self, s, a, r, s2, d):
-        """s is the very s2 of the call before, unless an episode begins."""
-        s_frames, s2_frames = (x.reshape(self.stack, *self.frames.shape[1:]) for x in (s, s2))
+        """s is the very s2 of the last call, unless an episode begins."""
         if s is not self.last_s2:
-            for frame in s_frames:
+            for frame in s.reshape(self.rows):
                 self.write(frame)
         slot, self.last_s2 = self.next - 1, s2
-        self.write(s2_frames[-1])
+        self.write(s2.reshape(self.rows)[-1])
         self.a_r_d[slot] = a, r, d
         self.complete[slot] = True
 
     def sample(self, batch_size: int):
         """s and s' (batch, *obs_shape), a (batch, 1), r and d (batch,), drawn uniformly."""
-        index = torch.randint(self.size, (batch_size,)).numpy()
-        while not self.complete[index].all():
-            index = np.where(self.complete[index], index, torch.randint(self.size, (batch_size,)).numpy())
-        window = torch.from_numpy((index[:, None] + np.arange(1 - self.stack, 2)) % len(self.complete))
-        frames = self.frames[window.to(self.frames.device)]  # (batch, stack + 1, *frame): those of s and of s'
+        slots = torch.randint(self.size, (batch_size,)).numpy()
+        while not self.complete[slots].all():
+            slots = np.where(self.complete[slots], slots, torch.randint(self.size, (batch_size,)).numpy())
+        window = slots[:, None] + np.arange(1 - self.stack, 2)
+        frames = torch.from_numpy(self.frames.take(window, axis=0, mode="wrap")).to(
+            self.device
+        )  # (batch, stack + 1, …)
         s, s2 = (x.reshape(batch_size, *self.obs_shape) for x in (frames[:, :-1], frames[:, 1:]))
-        a, r, d = torch.from_numpy(self.a_r_d[index]).to(self.frames.device).T
+        a, r, d = torch.from_numpy(self.a_r_d[slots]).to(self.device).unbind(1)
         return s, a.long().unsqueeze(1), r, s2, d
 
     def state_dict(self) -> dict:
-        arrays = self.frames[: self.size].cpu().numpy(), self.a_r_d[: self.size], self.complete[: self.size]
-        return {"arrays": [torch.from_numpy(array) for array in arrays], "next": self.next}  # on the CPU no copies
+        arrays = (self.frames, self.a_r_d, self.complete)
+        return {"arrays": [torch.from_numpy(array[: self.size]) for array in arrays], "next": self.next}
 
     def load_state_dict(self, state: dict):
-        frames, a_r_d, complete = state["arrays"]
-        self.size, self.next, self.last_s2 = len(frames), state["next"], None
-        self.frames[: self.size] = frames
-        self.a_r_d[: self.size], self.complete[: self.size] = a_r_d.numpy(), complete.numpy()
+        self.size, self.next, self.last_s2 = len(state["arrays"][0]), state["next"], None
+        for array, saved in zip((self.frames, self.a_r_d, self.complete), state["arrays"]):
+            array[: self.size] = saved.numpy()
 
 
-def require_memory(what: str, need: int, device: torch.device):
+def require_memory(what: str, need: int):
     """Say how many bytes `what` needs, and leave if so many are not free."""
-    meminfo, free = Path("/proc/meminfo"), math.inf
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    elif meminfo.exists():
-        free = 1024 * int(meminfo.read_text().split("MemAvailable:")[1].split()[0])
-    sentence = f"{what} needs {need / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free"
-    require(need <= free, f"{sentence}; lower buffer_size")
+    meminfo = Path("/proc/meminfo")  # Linux; elsewhere the system must say no
+    free = 1024 * int(meminfo.read_text().split("MemAvailable:")[1].split()[0]) if meminfo.exists() else math.inf
+    sentence = f"{what} needs {need / 2**30:.2f} GiB of memory, {free / 2**30:.2f} GiB are free"
+    require(need <= free, f"{sentence}: lower buffer_size")
     print(sentence, flush=True)
 
 
@@ -443,7 +436,8 @@ class Run:
         checkpoint = self.folder / "checkpoint.pt"
         if not self.args.resume:
             self.folder.mkdir(parents=True, exist_ok=True)
-            checkpoint.unlink(missing_ok=True)
+            for old in (checkpoint, self.folder / "result.json"):
+                old.unlink(missing_ok=True)
             (self.folder / "args.json").write_text(json.dumps({"script": self.script, **asdict(self.args)}, indent=1))
         elif checkpoint.exists():
             state = torch.load(checkpoint, map_location="cpu", weights_only=True)
