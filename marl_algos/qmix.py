@@ -346,8 +346,8 @@ class Team:
     reset() and step() leave, in new arrays: obs (E, n, obs_dim), flat, padded with zeros (images: obs.reshape(E, n,
     *obs_shape)); state (E, state_dim), env.state() or all observations; mask (E, n, actions), what is legal by
     observation or info, padding never; alive (E, n), who acts next, actions of others are ignored; reward (E, n), each
-    agent's own, or for everybody the team's mean or sum; terminated, truncated (E, n), whom this step ended, for good
-    or by a time limit; done (E,), nobody acts next; returns (mean over agents), lengths (E,) of the episode so far.
+    agent's own, or for all the sum or the mean of those who acted; terminated, truncated (E, n), whom this step ended,
+    for good or by a time limit; done (E,), nobody acts next; returns (mean reward), lengths (E,) of the episode so far.
     A copy that is done stays as it ended, with the true last obs and state, reward 0, until reset(done). Continuous
     actions (E, n, actions) are clipped into [low, high]. Agents whose names do not begin with `prefix` act at random.
     """
@@ -384,7 +384,7 @@ class Team:
         self.state_dim = self.state.shape[1]
 
     def __str__(self):
-        reward = {"own": "each agent's own", "mean": "the mean over agents", "sum": "the sum over agents"}
+        reward = {"own": "each agent's own", "mean": "the mean of those who act", "sum": "the sum of all"}
         state = f"{self.state_dim} ({'env.state()' if self.has_state else 'all observations'})"
         team = f"{self.n} agents, {self.agents[0]} to {self.agents[-1]}, {len(self.others)} others at random"
         return (
@@ -416,6 +416,8 @@ class Team:
                 legal = split_mask(self.heard[e][0][agent], self.heard[e][1].get(agent, {}))[1]
                 act[agent] = self.others[agent].sample(None if legal is None else np.asarray(legal, np.int8))
             new = self.row(e, *env.step(act))
+            if self.reward_mode != "own":
+                new["reward"][:] = new["reward"].sum() / (row["alive"].sum() if self.reward_mode == "mean" else 1)
             total = {"returns": row["returns"] + new["reward"].mean(), "lengths": row["lengths"] + 1}
             self.rows[e] = new | total
         self.stack()
@@ -435,8 +437,6 @@ class Team:
                 obs[i, : x.size] = x / 255 if x.dtype == np.uint8 else x
                 mask[i, : self.sizes[i]] = True if legal is None else legal
         reward = np.array([rewards.get(agent, 0.0) for agent in self.agents], np.float32)
-        if self.reward_mode != "own":
-            reward[:] = reward.mean() if self.reward_mode == "mean" else reward.sum()
         live, truncated = self.envs[e].agents, np.array([truncated.get(agent, False) for agent in self.agents])
         terminated = np.array([terminated.get(agent, False) for agent in self.agents])
         alive = np.array([agent in live for agent in self.agents]) & ~terminated & ~truncated
