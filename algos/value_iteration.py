@@ -167,7 +167,7 @@ def require(condition: bool, message: str):
 def model_of(env: gym.Env, name: str) -> tuple[np.ndarray, np.ndarray]:
     """The table env.unwrapped.P as p (S, A, S), the chance of going on in s', and r (S, A), the expected reward."""
     table = getattr(env.unwrapped, "P", None)
-    require(table is not None, f"planning needs a table env.unwrapped.P, {name} has none; q_learning does without")
+    require(table is not None, f"planning needs a table env.unwrapped.P, {name} has none; monte_carlo does without")
     p, r = np.zeros((len(table), len(table[0]), len(table))), np.zeros((len(table), len(table[0])))
     for s, a in np.ndindex(r.shape):
         chance, s2, reward, terminated = map(np.array, zip(*table[s][a]))
