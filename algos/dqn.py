@@ -105,25 +105,6 @@ class Args:
     """film the first episode of the last evaluation"""
 
 
-class ImageFeatures(nn.Module):
-    """Images of bytes (batch, stack, channels, height, width) -> features (batch, width)."""
-
-    def __init__(self, stack: int, channels: int, *height_width: int):
-        super().__init__()
-        if min(height_width) >= 36:  # the slides' layers
-            layers = ((32, 8, 4), (64, 4, 2), (64, 3, 1))
-        else:  # MinAtar's: Young & Tian, 2019
-            layers = ((16, 3, 1),)
-        self.net, width = nn.Sequential(), stack * channels
-        for out, kernel, stride in layers:
-            self.net.extend([nn.Conv2d(width, out, kernel, stride), nn.ReLU(inplace=True)])
-            width = out
-        self.width = self.net(torch.zeros(1, stack * channels, *height_width)).numel()
-
-    def forward(self, s):
-        return self.net(s.flatten(1, 2) / 255).flatten(1)
-
-
 def q_network(obs_shape: tuple[int, ...], num_actions: int, hidden_sizes: list[int]) -> nn.Sequential:
     """Q(·, ·; θ): s (batch, *obs_shape) -> values (batch, |A|)."""
     if len(obs_shape) == 1:
@@ -148,7 +129,7 @@ class DQN:
 
     @torch.inference_mode()
     def act(self, s: np.ndarray, epsilon: float = 0.0) -> int:
-        if random.random() < epsilon:
+        if epsilon and random.random() < epsilon:  # an evaluation must not move the stream of training's coins
             return random.randrange(self.num_actions)  # line 6
         s = torch.as_tensor(s, dtype=torch.float32, device=self.device)
         return int(self.q(s.unsqueeze(0)).argmax())  # line 7
@@ -187,8 +168,8 @@ def train(args: Args) -> dict:
     env = make_any_env(args.env_id, args.env_kwargs, training=True)
     obs_space, action_space = env.observation_space, env.action_space
     require(
-        isinstance(action_space, gym.spaces.Discrete),
-        f"dqn needs Discrete actions, {args.env_id} has {action_space}; td3, sac and ppo take continuous ones",
+        isinstance(action_space, gym.spaces.Discrete) and action_space.start == 0,
+        f"dqn needs Discrete actions from 0 on, {args.env_id} has {action_space}; td3, sac, ppo take continuous ones",
     )
     require(
         isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) in (1, 4),
@@ -253,6 +234,25 @@ def mlp(*widths: int) -> nn.Sequential:
     """Linear layers of these widths with ReLU between them."""
     layers = [layer for i, o in zip(widths, widths[1:]) for layer in (nn.Linear(i, o), nn.ReLU(inplace=True))]
     return nn.Sequential(*layers[:-1])
+
+
+class ImageFeatures(nn.Module):
+    """Images of bytes (batch, stack, channels, height, width) -> features (batch, width)."""
+
+    def __init__(self, stack: int, channels: int, *height_width: int):
+        super().__init__()
+        if min(height_width) >= 36:  # the slides' layers
+            layers = ((32, 8, 4), (64, 4, 2), (64, 3, 1))
+        else:  # MinAtar's: Young & Tian, 2019
+            layers = ((16, 3, 1),)
+        self.net, width = nn.Sequential(), stack * channels
+        for out, kernel, stride in layers:
+            self.net.extend([nn.Conv2d(width, out, kernel, stride), nn.ReLU(inplace=True)])
+            width = out
+        self.width = self.net(torch.zeros(1, stack * channels, *height_width)).numel()
+
+    def forward(self, s):
+        return self.net(s.flatten(1, 2) / 255).flatten(1)
 
 
 class FrameReplay:

@@ -54,7 +54,9 @@ def test_lines_6_and_7_act():
     agent = make_agent()
     rows = 9 * np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)
     best = agent.q(torch.from_numpy(rows)).argmax(dim=1).tolist()
+    state = random.getstate()
     assert len(set(best)) == 2 and [agent.act(s) for s in rows] == best, "greedy without ε"
+    assert random.getstate() == state, "an evaluation leaves training's coins alone"
     random.seed(0)
     actions = np.array([agent.act(rows[0], 0.3) for _ in range(4_000)])
     assert np.mean(actions != best[0]) == pytest.approx(0.15, abs=0.02), "the random action is one of all"
@@ -79,7 +81,7 @@ def test_line_13_is_the_gradient_of_equation_3(target_network):
     parameters = list(agent.q.parameters())
     expected, loss, max_q = [torch.zeros_like(parameter) for parameter in parameters], 0.0, 0.0
     for j in range(len(r)):
-        y = float(r[j] + (0.0 if d[j] else 0.9 * agent.q_targ(s2[j]).max()))
+        y = (r[j] + (0.0 if d[j] else 0.9 * agent.q_targ(s2[j]).max())).item()
         values = agent.q(s[j])
         error = values[a[j, 0]].item() - y
         loss, max_q = loss + error**2 / len(r), max_q + values.max().item() / len(r)
@@ -88,7 +90,7 @@ def test_line_13_is_the_gradient_of_equation_3(target_network):
     agent.optimizer = SimpleNamespace(zero_grad=agent.optimizer.zero_grad, step=lambda: None)
     for _ in range(2):  # gradients of the step before do not remain
         got = agent.update(s, a, r, s2, d)
-    assert [float(x) for x in got] == pytest.approx([loss, max_q], rel=1e-4) and not got[0].requires_grad
+    assert [float(x) for x in got] == pytest.approx([loss, max_q], rel=1e-4) and not any(x.requires_grad for x in got)
     for parameter, g in zip(parameters, expected):
         assert torch.allclose(parameter.grad, g, atol=1e-5)
 
@@ -346,6 +348,26 @@ def test_the_loop_stores_what_it_saw_and_learns_when_it_is_time(tmp_path, monkey
         (24, "target"),
     ], "lines 11-13 every 4 steps after the first 8, line 14 every 8"
     assert epsilons[:2] == pytest.approx([1.0, 1 - 0.96 / (0.16 * 24)]) and epsilons[-1] is None, "greedy in evaluation"
+
+
+def test_a_resumed_run_draws_anew_and_begins_an_episode(tmp_path, monkeypatch):
+    Recorder.count, Recorder.log, seeds, original = 0, [], [], gym.Wrapper.step
+    monkeypatch.setattr(dqn.random, "seed", seeds.append)
+
+    def interrupted(self, action):
+        if Recorder.count > 30:
+            raise KeyboardInterrupt
+        return original(self, action)
+
+    monkeypatch.setattr(gym.wrappers.OrderEnforcing, "step", interrupted)
+    settings = dict(total_timesteps=24, learning_starts=20, eval_every=0, eval_episodes=1, checkpoint_every=8, seed=7)
+    with pytest.raises(KeyboardInterrupt):
+        dqn.train(dqn.Args("Recorder-v0", run_dir=str(tmp_path), **settings))
+    monkeypatch.setattr(gym.wrappers.OrderEnforcing, "step", original)
+    Recorder.log = []
+    dqn.train(dqn.Args(resume=str(tmp_path)))
+    assert Recorder.log[0] == ("reset", 7 + 16) and seeds == [7, 7, 7, 7 + 16]
+    assert sum(entry[0] != "reset" for entry in Recorder.log) == 24 - 16 + 3, "and three steps of evaluation"
 
 
 class Game(gym.Env):
