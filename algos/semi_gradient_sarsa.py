@@ -209,12 +209,14 @@ def figure(args: Args):
             runs.append(learn(agent, tiles_of, env, 500))
         left.semilogy(np.arange(1, 501), np.mean(runs, axis=0), label=f"α = {alpha} / 8")
     left.set(xlabel="episodes", ylabel="steps per episode", xlim=(0, 500), ylim=(100, 1000))
+    left.set_yticks([100, 200, 400, 1000], labels=[100, 200, 400, 1000])
+    left.minorticks_off()
     left.set_title("mountain car: means of 3 runs")
     left.legend()
     position, velocity = np.meshgrid(np.linspace(-1.2, 0.5, 60), np.linspace(-0.07, 0.07, 60))
     cost = [-agent.q(tiles_of(np.array(s))).max() for s in zip(position.flat, velocity.flat)]
     right.plot_surface(position, velocity, np.reshape(cost, position.shape), cmap="viridis")
-    right.set(xlabel="position", ylabel="velocity")
+    right.set(xlabel="position", ylabel="velocity", xticks=[-1.2, -0.5, 0.5], yticks=[-0.07, 0, 0.07])
     right.set_title("cost to go, -max q̂(s, a, w), after 500 episodes")
     plt.savefig(args.plot, dpi=150)
 
