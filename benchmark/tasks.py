@@ -179,4 +179,61 @@ TASKS = [
         seeds=1,
         needed=1,
     ),
+    # --- dqn ----------------------------------------------------------------------------------------------------------
+    Task(
+        "dqn__CartPole-v1",
+        "algos/dqn.py",
+        "--env-id CartPole-v1",
+        475,
+        "[ZOO] 500 ± 0 at 50k",
+    ),
+    Task(
+        "dqn__Acrobot-v1",
+        "algos/dqn.py",
+        "--env-id Acrobot-v1 --total-timesteps 100000 --learning-rate 0.00063 --batch-size 128 --buffer-size 50000 "
+        "--train-every 4 --gradient-steps 4 --target-every 250 --epsilon-end 0.1 --exploration-fraction 0.12 "
+        "--eval-every 10000",
+        -100,
+        "[ZOO] -76.6 ± 11.8 at 100k",
+    ),
+    Task(
+        "dqn__MountainCar-v0",
+        "algos/dqn.py",
+        "--env-id MountainCar-v0 --total-timesteps 120000 --gamma 0.98 --learning-rate 0.004 --batch-size 128 "
+        "--buffer-size 10000 --train-every 16 --gradient-steps 8 --target-every 600 --epsilon-end 0.07 "
+        "--exploration-fraction 0.2 --eval-every 10000",
+        -130,
+        "[ZOO] -100.8 ± 9.9 at 120k",
+    ),
+    Task(
+        "dqn__CartPole-v1_CleanRL",
+        "algos/dqn.py",
+        "--env-id CartPole-v1 --total-timesteps 500000 --hidden-sizes 120 84 --learning-rate 0.00025 --batch-size 128 "
+        "--buffer-size 10000 --learning-starts 10000 --train-every 10 --gradient-steps 1 --target-every 500 "
+        "--epsilon-end 0.05 --exploration-fraction 0.5 --eval-every 25000",
+        475,
+        "[CRL] 488.69 ± 16.11 in training at 500k",
+    ),
+    Task(
+        "dqn__MinAtar-Breakout-v1",
+        "algos/dqn.py",
+        "--env-id MinAtar/Breakout-v1 --total-timesteps 1000000 --learning-rate 0.0001 --batch-size 32 "
+        "--learning-starts 5000 --train-every 1 --gradient-steps 1 --target-every 1000 --epsilon-end 0.1 "
+        "--exploration-fraction 0.1 --eval-every 25000 --eval-episodes 30 --checkpoint-every 25000",
+        5,
+        "unverified; Young & Tian (2019) train for 5M",
+        seeds=1,
+        needed=1,
+    ),
+    Task(
+        "dqn__PongNoFrameskip-v4",
+        "algos/dqn.py",
+        "--env-id PongNoFrameskip-v4 --total-timesteps 10000000 --learning-rate 0.0001 --batch-size 32 "
+        "--buffer-size 1000000 --learning-starts 80000 --train-every 4 --gradient-steps 1 --target-every 1000 "
+        "--epsilon-end 0.01 --exploration-fraction 0.1 --eval-every 100000 --eval-episodes 10",
+        20.3,
+        "[CRL] 20.3 in training at 10M",
+        seeds=1,
+        needed=1,
+    ),
 ]
