@@ -50,6 +50,12 @@ COMPARISONS = {
         ("td3_continuous_action.py", "--env-id HalfCheetah-v4 --learning-starts 1000"),
         ("TD3", "HalfCheetah-v4", HALF_CHEETAH),
     ),
+    "td3 HalfCheetah-v4, SB3 with its own networks (400, 300)": Comparison(
+        "algos/td3.py",
+        4_000,
+        dict(env_id="HalfCheetah-v4", learning_starts=1_000),
+        sb3=("TD3", "HalfCheetah-v4", HALF_CHEETAH | {"policy_kwargs": None}),
+    ),
     "q_learning CliffWalking-v1": Comparison("algos/q_learning.py", 50_000, {}),
 }
 
