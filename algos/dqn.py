@@ -93,7 +93,7 @@ class Args:
     """compile the updates; on a GPU they become CUDA graphs"""
     run_dir: str = ""
     """folder of log, checkpoint and result; runs/<env>__<script>__<seed>__<time> if empty"""
-    eval_every: int = 5_000
+    eval_every: int = 10_000
     """steps between evaluations, 0 for the last one only"""
     eval_episodes: int = 100
     """episodes of the greedy policy in an evaluation"""

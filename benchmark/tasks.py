@@ -230,7 +230,8 @@ TASKS = [
         "algos/dqn.py",
         "--env-id PongNoFrameskip-v4 --total-timesteps 10000000 --learning-rate 0.0001 --batch-size 32 "
         "--buffer-size 1000000 --learning-starts 80000 --train-every 4 --gradient-steps 1 --target-every 1000 "
-        "--epsilon-end 0.01 --exploration-fraction 0.1 --eval-every 100000 --eval-episodes 10",
+        "--epsilon-end 0.01 --exploration-fraction 0.1 --eval-every 100000 --eval-episodes 10 "
+        "--checkpoint-every 500000",
         20.3,
         "[CRL] 20.3 in training at 10M",
         seeds=1,

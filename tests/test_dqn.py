@@ -109,6 +109,10 @@ def test_line_14_copies():
     assert all(map(torch.equal, agent.q.parameters(), agent.q_targ.parameters()))
     agent.update(*make_batch())
     assert not all(map(torch.equal, agent.q.parameters(), agent.q_targ.parameters())), "a copy, not the network"
+    assert not any(parameter.requires_grad for parameter in agent.q_targ.parameters())
+    agent = make_agent(target_network=False)
+    agent.update_target()  # nothing to do
+    assert all(parameter.requires_grad for parameter in agent.q.parameters())
 
 
 def test_networks_for_images():
