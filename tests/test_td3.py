@@ -168,6 +168,10 @@ def test_replay_samples_only_what_was_stored():
     assert buffer.sample(500)[2].min() == 1.0
 
 
+def test_a_million_transitions_of_half_cheetah_take_168_megabytes():
+    assert td3.ReplayBuffer(1_000_000, 17, 6, CPU).rows.nbytes == 168_000_000
+
+
 class Recorder(td3.gym.Env):
     """Reward 1 a step; the observation is the time; ends or is cut after 7 steps."""
 
