@@ -138,7 +138,7 @@ def train(args: Args) -> dict:
         stable = agent.improve()  # lines 9-13
         improvements += 1  # the last time nothing changes
         run.log({"charts/value_of_first_state": agent.v[s0], "losses/delta": delta})
-    print(f"stable after {improvements} improvements, value of state {s0}: {agent.v[s0]:.6g}")
+    print(f"improvements: {improvements}, value of state {s0}: {agent.v[s0]:.6g}")
     if args.plot:
         figure(args)
     return run.finish(evaluation)

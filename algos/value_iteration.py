@@ -114,7 +114,7 @@ def train(args: Args) -> dict:
         run.advance()
         run.log({"charts/value_of_first_state": agent.v[s0], "losses/delta": delta})
         require(run.step < args.max_sweeps, "V does not converge: lower gamma")
-    print(f"{run.step} sweeps, value of state {s0}: {agent.v[s0]:.6g}")
+    print(f"sweeps: {run.step}, value of state {s0}: {agent.v[s0]:.6g}")
     if args.plot:
         figure(args)
     return run.finish(evaluation)

@@ -118,7 +118,7 @@ def test_run_of_the_taxi(tmp_path, capsys):
     result = script.train(args)
     assert result["return"] == pytest.approx(7.93, abs=0.5) and min(result["returns"]) > 0
     assert result["steps"] == 19
-    assert capsys.readouterr().out.startswith("19 sweeps, value of state ")
+    assert capsys.readouterr().out.startswith("sweeps: 19, value of state ")
 
 
 @pytest.mark.parametrize(
