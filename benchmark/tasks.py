@@ -206,7 +206,7 @@ TASKS = [
         "[ZOO] -100.8 ± 9.9 at 120k",
     ),
     Task(
-        "dqn__CartPole-v1_CleanRL",
+        "dqn__CartPole_500k",
         "algos/dqn.py",
         "--env-id CartPole-v1 --total-timesteps 500000 --hidden-sizes 120 84 --learning-rate 0.00025 --batch-size 128 "
         "--buffer-size 10000 --learning-starts 10000 --train-every 10 --gradient-steps 1 --target-every 500 "
