@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["gymnasium", "mpe2", "numpy", "pettingzoo", "tensorboard", "torch", "tqdm", "tyro"]
+# dependencies = ["gymnasium", "mpe2", "numpy", "tensorboard", "torch", "tqdm", "tyro"]
 # ///
 """QMIX: monotonic value function factorisation.
 
@@ -129,10 +129,7 @@ class AgentNet(nn.Module):
 
     def forward(self, inputs, h=None):
         z = F.relu(self.encode(inputs))
-        if self.recurrent:
-            z, h = self.middle(z, h)  # lines 5, 10
-        else:
-            z = F.relu(self.middle(z))
+        z, h = self.middle(z, h) if self.recurrent else (F.relu(self.middle(z)), h)  # lines 5, 10
         return self.q(z), h
 
 
@@ -159,9 +156,8 @@ class QMIX:
 
     def __init__(self, n: int, obs_dim: int, state_dim: int, num_actions: int, args: Args, device: torch.device):
         self.args, self.n, self.num_actions, self.device = args, n, num_actions, device
-        input_dim = obs_dim + num_actions + n
-        self.agents = AgentNet(input_dim, args.hidden_dim, num_actions, args.recurrent).to(device)  # line 1
-        self.mixer = Mixer(n, state_dim, args.hidden_dim, args.mixing_dim).to(device)
+        self.agents = AgentNet(obs_dim + num_actions + n, args.hidden_dim, num_actions, args.recurrent).to(device)
+        self.mixer = Mixer(n, state_dim, args.hidden_dim, args.mixing_dim).to(device)  # line 1
         self.agents_targ = copy.deepcopy(self.agents).requires_grad_(False)
         self.mixer_targ = copy.deepcopy(self.mixer).requires_grad_(False)
         self.parameters = [*self.agents.parameters(), *self.mixer.parameters()]
@@ -252,14 +248,12 @@ def train(args: Args) -> dict:
     args = run.args
     require(1 <= args.batch_size <= args.buffer_size, "batch_size must lie in [1, buffer_size]")
     require(args.num_envs <= min(args.buffer_size, args.target_every), "num_envs is above buffer_size or target_every")
-    require(0 <= args.gamma <= 1 and 0 <= args.td_lambda <= 1, "gamma and td_lambda must lie in [0, 1]")
-    require(0 <= args.epsilon_end <= args.epsilon_start <= 1, "epsilon must fall, inside [0, 1]")
+    shares = (args.gamma, args.td_lambda, args.epsilon_start, args.epsilon_end)
+    require(0 <= min(shares) <= max(shares) <= 1, "gamma, td_lambda and the epsilons must lie in [0, 1]")
     positive = (args.learning_rate, args.epsilon_steps, args.hidden_dim, args.mixing_dim)
     require(min(positive) > 0, "learning_rate, epsilon_steps, hidden_dim and mixing_dim must be positive")
-    team = Team(args.env_id, args.env_kwargs, args.num_envs, args.team, args.reward_mode, args.capture_video)
-    require(
-        team.discrete, f"qmix needs discrete actions, {args.env_id} has continuous ones; mappo and maddpg take them"
-    )
+    team = Team(args, args.num_envs, args.capture_video)
+    require(team.discrete, f"qmix needs discrete actions, {args.env_id} has continuous ones: mappo, maddpg take them")
     print(team)
     device = set_up_torch(args.seed, args.device, args.num_threads)
     agent = QMIX(team.n, team.obs_dim, team.state_dim, team.num_actions, args, device)
@@ -267,8 +261,7 @@ def train(args: Args) -> dict:
     update = torch.compile(agent.update, mode="reduce-overhead") if args.compile else agent.update
 
     def evaluation(film: Path | None = None) -> list[float]:
-        copies = min(args.num_envs, args.eval_episodes)
-        fresh = Team(args.env_id, args.env_kwargs, copies, args.team, args.reward_mode, film is not None)
+        fresh = Team(args, min(args.num_envs, args.eval_episodes), film is not None)
         return evaluate_team(agent.act, fresh, args.eval_episodes, film)
 
     run.start(args.total_timesteps, replay=replay, **parts_of(agent))
@@ -320,24 +313,17 @@ def make_parallel(env_id: str, env_kwargs: str, film: bool):
     try:
         kwargs = json.loads(env_kwargs) | ({"render_mode": "rgb_array"} if film else {})
         env = importlib.import_module(env_id).parallel_env(**kwargs)
-        if film:  # learn at once whether it can be filmed
+        if film:  # learn now whether it can be filmed
+            importlib.import_module("moviepy")
             env.reset(seed=0)
             env.render()
         return env
     except Exception as error:  # whatever an environment raises, its user reads one line
-        family, _, name = env_id.rpartition(".")
-        known = [module.name for module in pkgutil.iter_modules(getattr(sys.modules.get(family), "__path__", []))]
-        near = ", ".join(difflib.get_close_matches(name, known))
-        hint = f"; near names: {near}" if near else f"; pip install {error.name}, if that is its name"
-        missing = isinstance(error, ModuleNotFoundError) and error.name
+        family = getattr(sys.modules.get(env_id.rpartition(".")[0]), "__path__", [])
+        near = difflib.get_close_matches(env_id.rpartition(".")[2], [m.name for m in pkgutil.iter_modules(family)])
+        hint = f"; near names: {', '.join(near)}" if near else "; is it spelt well, is it installed (pip install)?"
+        missing = isinstance(error, ModuleNotFoundError)
         require(False, f"cannot make {env_id}: {error or type(error).__name__}{hint if missing else ''}")
-
-
-def split_mask(seen, info: dict):
-    """An agent's observation, and the legal actions that came with it or with the info (None: nothing was said)."""
-    if isinstance(seen, dict) and "action_mask" in seen:
-        return seen["observation"], seen["action_mask"]
-    return seen, info.get("action_mask")
 
 
 class Team:
@@ -349,47 +335,41 @@ class Team:
     agent's own, or for all the sum or the mean of those who acted; terminated, truncated (E, n), whom this step ended,
     for good or by a time limit; done (E,), nobody acts next; returns (mean reward), lengths (E,) of the episode so far.
     A copy that is done stays as it ended, with the true last obs and state, reward 0, until reset(done). Continuous
-    actions (E, n, actions) are clipped into [low, high]. Agents whose names do not begin with `prefix` act at random.
+    actions (E, n, actions) are clipped into [low, high]. Agents whose names do not begin with `--team` act at random.
     """
 
-    def __init__(self, env_id: str, env_kwargs: str, num_envs: int, prefix: str, reward_mode: str, film: bool = False):
+    def __init__(self, args, num_envs: int, film: bool = False):
         require(num_envs >= 1, "num_envs must be positive")
-        require(not film or importlib.util.find_spec("moviepy"), "a video needs moviepy: pip install moviepy")
-        self.envs = [make_parallel(env_id, env_kwargs, film) for _ in range(num_envs)]
-        self.num_envs, self.reward_mode, env = num_envs, reward_mode, self.envs[0]
-        self.agents = [agent for agent in env.possible_agents if agent.startswith(prefix)]
+        self.envs = [make_parallel(args.env_id, args.env_kwargs, film) for _ in range(num_envs)]
+        self.num_envs, self.reward_mode, env = num_envs, args.reward_mode, self.envs[0]
+        self.agents = [agent for agent in env.possible_agents if agent.startswith(args.team)]
+        require(self.agents, f"no agent begins with {args.team}: {', '.join(env.possible_agents)}")
         self.others = {agent: env.action_space(agent) for agent in env.possible_agents if agent not in self.agents}
-        require(self.agents, f"no agent begins with {prefix}: {', '.join(env.possible_agents)}")
         self.n, spaces = len(self.agents), [env.action_space(agent) for agent in self.agents]
-        self.discrete = all(isinstance(space, gym.spaces.Discrete) for space in spaces)
-        boxes = all(isinstance(space, gym.spaces.Box) and space.is_bounded() for space in spaces)
-        require(self.discrete or boxes, f"actions must all be Discrete or all bounded Boxes; {env_id} has {spaces}")
-        self.action_spaces, self.sizes = spaces, [int(flatdim(space)) for space in spaces]
+        self.discrete = all(isinstance(space, gym.spaces.Discrete) and space.start == 0 for space in spaces)
+        boxes = all(isinstance(s, gym.spaces.Box) and s.is_bounded() and len(s.shape) == 1 for s in spaces)
+        require(self.discrete or boxes, f"actions must all be Discrete or all flat bounded Boxes, they are {spaces}")
+        self.sizes = [int(flatdim(space)) for space in spaces]
         self.num_actions = max(self.sizes)
         self.low, self.high = np.zeros((2, self.n, self.num_actions), np.float32)
-        for i, space in enumerate(spaces if boxes else []):
-            self.low[i, : self.sizes[i]], self.high[i, : self.sizes[i]] = space.low.ravel(), space.high.ravel()
+        for low, high, space in zip(self.low, self.high, spaces if boxes else []):
+            low[: space.shape[0]], high[: space.shape[0]] = space.low, space.high
         spaces = [env.observation_space(agent) for agent in self.agents]
-        self.obs_spaces = [space["observation"] if isinstance(space, gym.spaces.Dict) else space for space in spaces]
+        self.obs_spaces = [s["observation"] if isinstance(s, gym.spaces.Dict) else s for s in spaces]
         self.obs_dim, shapes = max(map(flatdim, self.obs_spaces)), {space.shape for space in self.obs_spaces}
         self.obs_shape = shapes.pop() if len(shapes) == 1 else (self.obs_dim,)
-        env.reset(seed=0)
-        try:
-            self.has_state = env.state() is not None
-        except (AttributeError, NotImplementedError):
-            self.has_state = False
-        self.rows, self.heard = [{}] * num_envs, [None] * num_envs  # of each copy: its rows of the arrays; what it said
+        self.rows, self.heard = (
+            [{}] * num_envs,
+            [{}] * num_envs,
+        )  # of each copy: its rows of the arrays; all legal actions
         self.seed(0)
         self.reset()
         self.state_dim = self.state.shape[1]
 
     def __str__(self):
-        reward = {"own": "each agent's own", "mean": "the mean of those who act", "sum": "the sum of all"}
-        state = f"{self.state_dim} ({'env.state()' if self.has_state else 'all observations'})"
-        team = f"{self.n} agents, {self.agents[0]} to {self.agents[-1]}, {len(self.others)} others at random"
-        return (
-            f"{team} | obs {self.obs_dim} | state {state} | actions {self.sizes} | reward: {reward[self.reward_mode]}"
-        )
+        names = f"{self.agents[0]} to {self.agents[-1]}, {len(self.others)} others at random"
+        sizes = f"obs {self.obs_dim} | {self.state_from} {self.state_dim} | actions {self.sizes}"
+        return f"{self.n} agents ({names}) | {sizes} | reward: {self.reward_mode}"
 
     def seed(self, seed: int):
         """Seed the copies, from their next reset on, and the agents outside the team."""
@@ -411,10 +391,9 @@ class Team:
             if row["done"]:  # some environments crash when they are stepped after their end
                 row["reward"] = np.zeros_like(row["reward"])
                 continue
-            act = {self.agents[i]: self.convert(i, actions[e, i]) for i in np.flatnonzero(row["alive"])}
-            for agent in (agent for agent in env.agents if agent in self.others):
-                legal = split_mask(self.heard[e][0][agent], self.heard[e][1].get(agent, {}))[1]
-                act[agent] = self.others[agent].sample(None if legal is None else np.asarray(legal, np.int8))
+            chosen = actions[e].tolist() if self.discrete else [a[:size] for a, size in zip(actions[e], self.sizes)]
+            act = {self.agents[i]: chosen[i] for i in np.flatnonzero(row["alive"])}
+            act |= {a: self.others[a].sample(self.heard[e].get(a)) for a in env.agents if a in self.others}
             new = self.row(e, *env.step(act))
             if self.reward_mode != "own":
                 new["reward"][:] = new["reward"].sum() / (row["alive"].sum() if self.reward_mode == "mean" else 1)
@@ -422,29 +401,30 @@ class Team:
             self.rows[e] = new | total
         self.stack()
 
-    def convert(self, i: int, action):
-        """The action as agent i's space has it."""
-        space = self.action_spaces[i]
-        return int(action + space.start) if self.discrete else action[: self.sizes[i]].reshape(space.shape)
-
     def row(self, e: int, seen: dict, rewards: dict, terminated: dict, truncated: dict, infos: dict) -> dict:
         """Copy e's rows of the arrays."""
         obs, mask = np.zeros((self.n, self.obs_dim), np.float32), np.zeros((self.n, self.num_actions), bool)
+        legal = {agent: info["action_mask"] for agent, info in infos.items() if "action_mask" in info}
+        legal |= {agent: x["action_mask"] for agent, x in seen.items() if isinstance(x, dict) and "action_mask" in x}
         for i, agent in enumerate(self.agents):
             if agent in seen:
-                x, legal = split_mask(seen[agent], infos.get(agent, {}))
+                x = seen[agent]["observation"] if isinstance(seen[agent], dict) else seen[agent]
                 x = flatten(self.obs_spaces[i], x)
                 obs[i, : x.size] = x / 255 if x.dtype == np.uint8 else x
-                mask[i, : self.sizes[i]] = True if legal is None else legal
+                mask[i, : self.sizes[i]] = legal.get(agent, True)
+        self.heard[e] = {agent: np.asarray(legal[agent], np.int8) for agent in legal if agent in self.others}
         reward = np.array([rewards.get(agent, 0.0) for agent in self.agents], np.float32)
-        live, truncated = self.envs[e].agents, np.array([truncated.get(agent, False) for agent in self.agents])
-        terminated = np.array([terminated.get(agent, False) for agent in self.agents])
+        truncated = np.array([truncated.get(agent, False) for agent in self.agents], bool)
+        terminated = np.array([terminated.get(agent, False) for agent in self.agents], bool) & ~truncated
+        live = self.envs[e].agents
         alive = np.array([agent in live for agent in self.agents]) & ~terminated & ~truncated
-        state = np.asarray(self.envs[e].state()) if self.has_state else obs
+        try:
+            state, self.state_from = np.asarray(self.envs[e].state()), "state"
+        except (AttributeError, NotImplementedError):
+            state, self.state_from = obs, "state of all observations"
         state = state.ravel().astype(np.float32) / (255 if state.dtype == np.uint8 else 1)
-        self.heard[e] = seen, infos
-        row = {"obs": obs, "state": state, "mask": mask, "alive": alive, "reward": reward, "done": not alive.any()}
-        return row | {"terminated": terminated & ~truncated, "truncated": truncated}  # SMAC's time limit says both
+        row = {"obs": obs, "state": state, "mask": mask, "alive": alive, "reward": reward}
+        return row | {"terminated": terminated, "truncated": truncated, "done": not alive.any()}
 
     def stack(self):
         for name in self.rows[0]:
@@ -491,7 +471,7 @@ class EpisodeReplay:
 
 
 def evaluate_team(act, team: Team, episodes: int, film: Path | None = None) -> list[float]:
-    """The team's undiscounted returns, always from the same seeds; the first is filmed. Closes the environments.
+    """The team's undiscounted returns, always from the same seeds; the first episode is filmed; closes the team.
 
     `act` maps the team and its own memory (None when episodes begin) to actions and the next memory.
     """
@@ -506,12 +486,11 @@ def evaluate_team(act, team: Team, episodes: int, film: Path | None = None) -> l
             actions, memory = act(team, memory)
             team.step(actions)
         returns += team.returns.tolist()
+    if film:
+        save_video = importlib.import_module("gymnasium.utils.save_video").save_video  # it needs moviepy
+        save_video(frames, str(film), fps=team.envs[0].metadata.get("render_fps", 10))
     for env in team.envs:
         env.close()
-    if film:
-        from gymnasium.utils.save_video import save_video  # needs moviepy
-
-        save_video(frames, str(film), fps=env.metadata.get("render_fps", 10))
     return returns[:episodes]
 
 

@@ -1,0 +1,433 @@
+"""QMIX's mathematics, against values computed independently: the mixer, the targets, the masks, the loop."""
+
+import copy
+import itertools
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, load
+
+qmix = load("marl_algos/qmix.py")
+CPU = torch.device("cpu")
+N, D, S, A = 3, 4, 5, 6  # agents, widths of observation and state, actions
+
+
+def make_agent(recurrent=True, **settings):
+    """An agent whose targets differ from its networks."""
+    torch.manual_seed(0)
+    agent = qmix.QMIX(N, D, S, A, qmix.Args(hidden_dim=8, mixing_dim=7, recurrent=recurrent, **settings), CPU)
+    for net in (agent.agents_targ, agent.mixer_targ):
+        for parameter in net.parameters():
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    return agent
+
+
+def make_batch(lengths=(5, 3, 4, 1), terminal=(1, 0, 1, 0), pad=0, seed=1):
+    """Episodes that end at these lengths, for good or by a time limit; the padding is noise, longer by `pad`."""
+    g = torch.Generator().manual_seed(seed)
+    B, T = len(lengths), max(lengths)
+    lengths = torch.tensor(lengths)
+    steps = torch.arange(T)
+    batch = {
+        "obs": torch.randn(B, T + 1, N, D, generator=g),
+        "state": torch.randn(B, T + 1, S, generator=g),
+        "mask": torch.rand(B, T + 1, N, A, generator=g) < 0.6,
+        "action": torch.randint(A, (B, T, N), generator=g),
+        "reward": torch.randn(B, T, generator=g),
+        "terminal": (steps == lengths[:, None] - 1).float() * torch.tensor(terminal)[:, None],
+        "alive": torch.rand(B, T, N, generator=g) < 0.8,
+        "alive_next": torch.rand(B, T, N, generator=g) < 0.8,
+        "real": (steps < lengths[:, None]).float(),
+    }
+    batch["mask"][..., 2] = True
+    for name, field in batch.items():
+        if pad:
+            noise = torch.randn(B, pad, *field.shape[2:], generator=g)
+            filler = torch.zeros_like(noise) if name == "real" else noise.abs() if name == "action" else noise
+            batch[name] = torch.cat([field, filler.to(field.dtype)], dim=1)
+    return batch
+
+
+def one_step(agent, batch):
+    """The loss and the parameters after one update."""
+    loss = agent.update(**batch)
+    return float(loss), [p.detach().clone() for p in agent.parameters]
+
+
+def unroll(net, agent, obs, action, i):
+    """Q_i (T+1, A) of one agent in one episode, step by step, with inputs made by hand."""
+    h, values = None, []
+    for t, o in enumerate(obs):
+        last = torch.zeros(A)
+        if t > 0:
+            last[action[t - 1]] = 1.0
+        who = torch.zeros(N)
+        who[i] = 1.0
+        q, h = net(torch.cat([o, last, who]).view(1, 1, -1), h)
+        values.append(q.view(A))
+    return torch.stack(values)
+
+
+def reference_loss(agent, batch, gamma, lam):
+    """Lines 10 to 15, one episode, one step, one agent after the other."""
+    total, count = 0.0, 0
+    for b in range(len(batch["real"])):
+        T = int(batch["real"][b].sum())
+        obs, action = batch["obs"][b], batch["action"][b]
+        q = [unroll(agent.agents, agent, obs[: T + 1, i], action[:, i], i) for i in range(N)]
+        q_targ = [unroll(agent.agents_targ, agent, obs[: T + 1, i], action[:, i], i) for i in range(N)]
+        y_next = None
+        for t in reversed(range(T)):
+            chosen = torch.stack([q[i][t, action[t, i]] * batch["alive"][b, t, i] for i in range(N)])
+            q_tot = agent.mixer(chosen, batch["state"][b, t])
+            x = torch.zeros(N)
+            for i in range(N):
+                legal = [u for u in range(A) if batch["mask"][b, t + 1, i, u]]
+                best = max(legal, key=lambda u: float(q[i][t + 1, u].detach()))
+                x[i] = q_targ[i][t + 1, best] * batch["alive_next"][b, t, i]
+            x = agent.mixer_targ(x, batch["state"][b, t + 1]).detach()
+            follows = x if y_next is None else (1 - lam) * x + lam * y_next
+            y = batch["reward"][b, t] + gamma * (1 - batch["terminal"][b, t]) * follows
+            total, count, y_next = total + (q_tot - y.detach()) ** 2, count + 1, y.detach()
+    return total / count
+
+
+@pytest.mark.parametrize("recurrent, lam", [(True, 0.0), (True, 0.7), (False, 0.0), (True, 1.0)])
+def test_update_descends_the_loss_computed_step_by_step(recurrent, lam):
+    agent = make_agent(recurrent, gamma=0.9, td_lambda=lam)
+    batch = make_batch()
+    twin = copy.deepcopy(agent)
+    expected = reference_loss(twin, batch, 0.9, lam)
+    gradients = torch.autograd.grad(expected, twin.parameters)
+    norm = torch.sqrt(sum(g.square().sum() for g in gradients))
+    loss, parameters = one_step(agent, batch)
+    assert loss == pytest.approx(float(expected.detach()), rel=1e-4)
+    optimizer = torch.optim.Adam(twin.parameters, lr=agent.args.learning_rate)
+    for parameter, gradient in zip(twin.parameters, gradients):
+        parameter.grad = gradient * min(1.0, 10.0 / float(norm))
+    optimizer.step()
+    for mine, theirs in zip(parameters, twin.parameters):
+        assert torch.allclose(mine, theirs, atol=2e-5)
+
+
+def test_gradients_are_clipped_together():
+    agent = make_agent()
+    batch = make_batch()
+    batch["reward"] *= 1_000
+    agent.update(**batch)
+    norm = torch.sqrt(sum(p.grad.square().sum() for p in agent.parameters))
+    assert float(norm) == pytest.approx(10.0, rel=1e-3)
+
+
+@pytest.mark.parametrize("recurrent", [True, False])
+def test_padding_changes_nothing(recurrent):
+    plain, padded = make_agent(recurrent, td_lambda=0.5), make_agent(recurrent, td_lambda=0.5)
+    loss, parameters = one_step(plain, make_batch())
+    longer, others = one_step(padded, make_batch(pad=5))
+    assert longer == pytest.approx(loss, abs=1e-6)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(parameters, others))
+
+
+def test_target_networks_get_no_gradient_and_only_line_16_moves_them():
+    agent = make_agent()
+    before = copy.deepcopy([*agent.agents_targ.parameters(), *agent.mixer_targ.parameters()])
+    agent.update(**make_batch())
+    after = [*agent.agents_targ.parameters(), *agent.mixer_targ.parameters()]
+    assert all(torch.equal(a, b) and a.grad is None and not a.requires_grad for a, b in zip(after, before))
+    agent.update_targets()
+    nets = [*agent.agents.parameters(), *agent.mixer.parameters()]
+    after = [*agent.agents_targ.parameters(), *agent.mixer_targ.parameters()]
+    assert all(torch.equal(a, b) and a is not b for a, b in zip(nets, after)), "a hard copy of both"
+
+
+def test_line_1_targets_begin_as_copies():
+    agent = qmix.QMIX(N, D, S, A, qmix.Args(), CPU)
+    for net, targ in ((agent.agents, agent.agents_targ), (agent.mixer, agent.mixer_targ)):
+        assert all(torch.equal(a, b) and a is not b for a, b in zip(net.parameters(), targ.parameters()))
+
+
+# --- the mixer --------------------------------------------------------------------------------------------------------
+
+
+def test_q_tot_grows_with_every_q_and_its_weights_depend_on_the_state():
+    torch.manual_seed(2)
+    mixer = qmix.Mixer(N, S, 16, 8)
+    q, s = (3 * torch.randn(2_000, N)).requires_grad_(), 3 * torch.randn(2_000, S)
+    (slope,) = torch.autograd.grad(mixer(q, s).sum(), q)
+    assert (slope >= 0).all() and (slope > 0).float().mean() > 0.9
+    (other,) = torch.autograd.grad(mixer(q, torch.randn(2_000, S)).sum(), q)
+    assert (slope - other).abs().mean() > 0.01
+    assert slope.std(0).min() > 0.01
+
+
+def test_mixer_is_the_pictures_formula():
+    torch.manual_seed(3)
+    mixer = qmix.Mixer(2, S, 16, 4)
+    q, s = torch.randn(2), torch.randn(S)
+    hidden = [float(x) for x in mixer.b1(s)]
+    w1, w2 = mixer.w1(s).view(2, 4).abs(), mixer.w2(s).abs()
+    for i, j in itertools.product(range(2), range(4)):
+        hidden[j] += float(q[i] * w1[i, j])
+    hidden = [h if h > 0 else np.exp(h) - 1 for h in hidden]
+    expected = sum(h * float(w) for h, w in zip(hidden, w2)) + float(mixer.b2(s))
+    assert min(hidden) < 0 < max(hidden)
+    assert float(mixer(q, s).detach()) == pytest.approx(expected, rel=1e-5)
+    biases = torch.cat([mixer.b1(torch.randn(500, S)), mixer.b2(torch.randn(500, S))], dim=1)
+    assert (biases < 0).any(0).all() and (biases > 0).any(0).all(), "only weights are absolute"
+    assert mixer.w1(torch.randn(500, S)).min() < 0, "the hypernetworks themselves are free"
+    assert len(mixer.b2) == 3, "the last bias has two layers"
+
+
+def test_greedy_actions_maximise_q_tot_over_all_joint_actions():
+    torch.manual_seed(4)
+    mixer = qmix.Mixer(N, S, 16, 8)
+    joints = torch.tensor(list(itertools.product(range(A), repeat=N)))
+    for _ in range(100):
+        q, s = 2 * torch.randn(N, A), 2 * torch.randn(S)
+        q_tot = mixer(q.gather(1, joints.T).T, s.expand(len(joints), S))
+        greedy = mixer(q.max(dim=1).values, s)
+        assert float(greedy) >= float(q_tot.max()) - 1e-5
+
+
+# --- targets ----------------------------------------------------------------------------------------------------------
+
+
+def test_lambda_return_by_hand():
+    reward = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 99.0], [6.0, 99.0, 99.0]])
+    value_next = torch.tensor([[10.0, 20.0, 30.0], [40.0, 50.0, 99.0], [60.0, 99.0, 99.0]])
+    real = torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+    terminal = torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.0, 0.0], [1.0, 0.0, 0.0]])
+    y = qmix.lambda_return(reward, terminal, value_next, real, 0.5, 0.0)
+    assert y.tolist() == [[6.0, 12.0, 3.0], [24.0, 30.0, 0.0], [6.0, 0.0, 0.0]], "λ = 0: r + γ (1 - terminal) X"
+    y = qmix.lambda_return(reward, terminal, value_next, real, 0.5, 1.0)
+    assert y.tolist() == [[2.75, 3.5, 3.0], [19.0, 30.0, 0.0], [6.0, 0.0, 0.0]], "λ = 1: rewards, then the last X"
+    y = qmix.lambda_return(reward, terminal, value_next, real, 0.5, 0.5)
+    # y_1 = 2 + 0.5 (0.5 · 20 + 0.5 · 3) = 7.75, y_0 = 1 + 0.5 (0.5 · 10 + 0.5 · 7.75) = 5.4375
+    assert y[0].tolist() == [5.4375, 7.75, 3.0]
+    assert y[1].tolist() == [4 + 0.5 * (0.5 * 40 + 0.5 * 30), 30.0, 0.0]
+
+
+# --- behaviour --------------------------------------------------------------------------------------------------------
+
+
+class Stage:
+    """What `act` and `play` need of a Team: random masks, and agents that all end after `length` steps."""
+
+    def __init__(self, E=1, length=4, seed=0):
+        self.num_envs, self.length, self.rng = E, length, np.random.default_rng(seed)
+        self.alive = np.ones((E, N), bool)
+        self.reset()
+
+    def show(self):
+        self.obs = self.rng.normal(size=(self.num_envs, N, D)).astype(np.float32)
+        self.state = self.rng.normal(size=(self.num_envs, S)).astype(np.float32)
+        self.mask = self.rng.random((self.num_envs, N, A)) < 0.4
+        self.mask[..., self.rng.integers(A)] = True
+
+    def reset(self):
+        self.t, self.done = 0, np.zeros(self.num_envs, bool)
+        self.show()
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.5, 1.0])
+def test_masked_actions_are_never_taken(epsilon):
+    agent, stage = make_agent(), Stage(E=100)
+    memory = None
+    for _ in range(100):  # 10 000 joint steps
+        action, memory = agent.act(stage, memory, epsilon)
+        assert np.take_along_axis(stage.mask, action[..., None], axis=-1).all()
+        stage.show()
+
+
+def test_greedy_actions_are_the_best_legal_ones_and_draw_no_random_numbers():
+    agent, stage = make_agent(), Stage(E=20)
+    before = torch.get_rng_state()
+    memory, history = None, []
+    for _ in range(4):
+        action, memory = agent.act(stage, memory)
+        history.append((stage.obs, stage.mask, action))
+        stage.show()
+    assert torch.equal(torch.get_rng_state(), before)
+    obs = torch.from_numpy(np.stack([h[0] for h in history], axis=1))
+    actions = torch.from_numpy(np.stack([h[2] for h in history], axis=1))
+    for e, i in itertools.product(range(20), range(N)):
+        q = unroll(agent.agents, agent, obs[e, :, i], actions[e, :, i], i).detach().numpy()
+        for t, (_, mask, action) in enumerate(history):
+            assert action[e, i] == np.where(mask[e, i], q[t], -np.inf).argmax(), "same inputs as in the update"
+
+
+def test_exploration_is_uniform_over_legal_actions_and_each_agent_has_its_own_coin():
+    agent, stage = make_agent(), Stage(E=4_000)
+    stage.obs[:], stage.mask[:] = stage.obs[:1], stage.mask[:1]
+    greedy, _ = agent.act(stage)
+    action, _ = agent.act(stage, None, 0.5)
+    for i in range(N):
+        legal = np.flatnonzero(stage.mask[0, i])
+        share = np.bincount(action[:, i], minlength=A) / len(action)
+        expected = 0.5 * stage.mask[0, i] / len(legal)
+        expected[greedy[0, i]] += 0.5
+        assert share == pytest.approx(expected, abs=0.03)
+    deviates = action != greedy
+    assert all(stage.mask[0].sum(1) > 1)
+    both = (deviates[:, 0] & deviates[:, 1]).mean()
+    assert both == pytest.approx(deviates[:, 0].mean() * deviates[:, 1].mean(), abs=0.03), "independent coins"
+
+
+def test_dead_agents_weigh_nothing():
+    batch = make_batch()
+    batch["alive"][..., 1], batch["alive_next"][..., 1] = False, False
+    changed = {name: field.clone() for name, field in batch.items()}
+    changed["obs"][:, :, 1] += 7
+    changed["action"][:, :, 1] = 0
+    changed["mask"][:, :, 1] = False
+    loss, parameters = one_step(make_agent(), batch)
+    other, others = one_step(make_agent(), changed)
+    assert other == pytest.approx(loss, abs=1e-6)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(parameters, others))
+
+
+class Ending(Stage):
+    """Copy 0 is truncated after 2 steps, copy 1 terminates after 3; in copy 2 agent 0 dies first, then time is up."""
+
+    def step(self, action):
+        self.t += 1
+        self.show()
+        running, self.alive, self.done = ~self.done, self.alive.copy(), self.done.copy()
+        self.terminated, self.truncated = np.zeros((2, self.num_envs, N), bool)
+        if self.t == 1:
+            self.alive[2, 0], self.terminated[2, 0] = False, True
+        for e, (end, flags) in enumerate([(2, self.truncated), (3, self.terminated), (3, self.truncated)]):
+            if self.t == end:
+                flags[e], self.alive[e], self.done[e] = self.alive[e], False, True
+        self.reward = np.where(running[:, None], np.array([1.0, 2.0, 6.0], np.float32) * self.t, 0).astype(np.float32)
+
+    def reset(self):
+        super().reset()
+        self.alive = np.ones((self.num_envs, N), bool)
+
+
+def test_play_stores_true_ends_and_time_limits_apart():
+    stage = Ending(E=3)
+    episodes = qmix.play(stage, make_agent(), 1.0)
+    assert episodes["obs"].shape == (3, 4, N, D) and episodes["state"].shape == (3, 4, S)
+    assert episodes["mask"].shape == (3, 4, N, A) and episodes["action"].shape == (3, 3, N)
+    assert episodes["reward"].tolist() == [[3, 6, 0], [3, 6, 9], [3, 6, 9]]
+    assert episodes["terminal"][0, :2].tolist() == [0, 0], "a time limit is not terminal"
+    assert episodes["terminal"][1].tolist() == [0, 0, 1]
+    assert episodes["terminal"][2].tolist() == [0, 0, 0]
+    assert episodes["alive"][2].tolist() == [[True] * 3, [False, True, True], [False, True, True]]
+    assert episodes["alive_next"][0, 1].all(), "the truncated are bootstrapped from"
+    assert not episodes["alive_next"][1, 2].any()
+    assert episodes["alive_next"][2].tolist() == [[False, True, True]] * 3
+    assert np.array_equal(episodes["obs"][:, 3], stage.obs) and np.array_equal(episodes["state"][:, 3], stage.state)
+
+
+# --- replay -----------------------------------------------------------------------------------------------------------
+
+
+def episodes_of(lengths, first):
+    """Episodes whose numbers tell which they are: obs = 100 · number + step."""
+    T = max(lengths)
+    numbers = 100.0 * (first + np.arange(len(lengths), dtype=np.float32))[:, None]
+    obs = (numbers + np.arange(T + 1, dtype=np.float32))[..., None]
+    return np.array(lengths), {"obs": obs, "reward": obs[:, :T, 0], "action": np.zeros((len(lengths), T, 2), int)}
+
+
+def test_replay_keeps_the_last_episodes_padded_and_cut():
+    replay = qmix.EpisodeReplay(4, CPU)
+    replay.add(*episodes_of([2, 1], first=0))
+    replay.add(*episodes_of([5, 3], first=2))
+    replay.add(*episodes_of([1, 1], first=4))
+    torch.manual_seed(0)
+    seen = set()
+    for _ in range(60):
+        batch = replay.sample(2)
+        T = batch["real"].shape[1]
+        assert T == int(batch["real"].sum(1).max()) and batch["obs"].shape == (2, T + 1, 1)
+        assert batch["reward"].shape == (2, T) and batch["action"].shape == (2, T, 2)
+        for obs, reward, real in zip(batch["obs"], batch["reward"], batch["real"]):
+            number, length = int(obs[0, 0]) // 100, int(real.sum())
+            seen.add((number, length))
+            assert obs[: length + 1, 0].tolist() == [100.0 * number + t for t in range(length + 1)]
+            assert reward[:length].tolist() == [100.0 * number + t for t in range(length)]
+            assert real.tolist() == [1.0] * length + [0.0] * (T - length)
+    assert seen == {(2, 5), (3, 3), (4, 1), (5, 1)}, "the first two were overwritten"
+
+
+def test_replay_survives_a_checkpoint():
+    replay, other = qmix.EpisodeReplay(5, CPU), qmix.EpisodeReplay(5, CPU)
+    replay.add(*episodes_of([2, 3], first=0))
+    other.load_state_dict(replay.state_dict())
+    replay.add(*episodes_of([1, 4, 2, 2], first=2))
+    other.add(*episodes_of([1, 4, 2, 2], first=2))
+    torch.manual_seed(0)
+    mine = replay.sample(20)
+    torch.manual_seed(0)
+    theirs = other.sample(20)
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+# --- the whole --------------------------------------------------------------------------------------------------------
+
+
+def learn(folder, game, capsys, **settings):
+    """The final return, and the printed tables: [(Q_tot, payoff), ...]."""
+    args = dict(total_timesteps=2_000, epsilon_end=1.0, learning_rate=2e-3, target_every=50, eval_every=0, **settings)
+    kwargs = json.dumps(game)
+    args = qmix.Args(env_id="envs.matrix_games", env_kwargs=kwargs, run_dir=str(folder), eval_episodes=1, **args)
+    result = qmix.train(args)
+    printed = [line.split(": ", 1)[1] for line in capsys.readouterr().out.splitlines() if line.startswith("Q_tot")]
+    return result["return"], [tuple(map(json.loads, line.split(" | payoff: "))) for line in printed]
+
+
+def test_two_step_game_is_solved_with_the_published_tables(tmp_path, capsys):
+    value, tables = learn(tmp_path, {"game": "two_step"}, capsys, device="cpu")
+    assert value == 8.0
+    (first, _), (second, sevens), (third, payoff) = tables
+    assert np.array(first) == pytest.approx(np.array([[6.93, 6.93], [7.92, 7.92]]), abs=0.25)
+    assert np.array(second) == pytest.approx(np.array(sevens), abs=0.25)
+    assert np.array(third) == pytest.approx(np.array(payoff), abs=0.25)
+
+
+def test_a_monotone_mixer_cannot_fit_the_game_of_qtran(tmp_path, capsys):
+    value, [(table, _)] = learn(tmp_path, {"game": "qtran"}, capsys, device="cpu")
+    assert value == 0.0
+    expected = np.array([[-8.0, -8.0, -8.0], [-8.0, 0.0, 0.0], [-8.0, 0.0, 0.0]])
+    assert np.array(table) == pytest.approx(expected, abs=0.6)
+
+
+BAD = {
+    "continuous": ('--env-id mpe2.simple_spread_v3 --env-kwargs {"continuous_actions":true}', "mappo"),
+    "batch": ("--batch-size 200 --buffer-size 100", "batch_size"),
+    "copies": ("--num-envs 300 --target-every 200", "num_envs"),
+    "no copy": ("--num-envs 0", "num_envs"),
+    "epsilon": ("--epsilon-start 1.5", "epsilon"),
+    "lambda": ("--td-lambda 1.5", "td_lambda"),
+    "rate": ("--learning-rate -1", "learning_rate"),
+    "team": ("--team nobody", "agent_0"),
+    "name": ("--env-id mpe2.simple_spred_v3", "simple_spread_v3"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_ends_with_one_line(case, tmp_path, monkeypatch, capsys):
+    words, expected = BAD[case]
+    args = qmix.tyro.cli(qmix.Args, args=[*words.split(), "--run-dir", str(tmp_path / "run")])
+    with pytest.raises(SystemExit) as stop:
+        qmix.train(args)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and expected in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_script_beside_a_users_environment_finds_it(tmp_path):
+    source = (ROOT / "marl_algos/envs/matrix_games.py").read_text()
+    (tmp_path / "my_game.py").write_text(source)
+    command = [sys.executable, str(ROOT / "marl_algos/qmix.py"), "--env-id", "my_game", "--total-timesteps", "100"]
+    command += ["--env-kwargs", '{"game": "qtran"}', "--eval-episodes", "1", "--run-dir", "run"]
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert process.stdout.splitlines()[-1].startswith("final: return")
