@@ -5,8 +5,7 @@
 """PPO: Proximal Policy Optimization, the clipped form.
 
 Paper   Schulman, Wolski, Dhariwal, Radford & Klimov, 2017. https://arxiv.org/abs/1707.06347
-        Line 5 is GAE: Schulman, Moritz, Levine, Jordan & Abbeel, 2016. https://arxiv.org/abs/1506.02438
-Notes   "PPO (2017)"; the numbers below are those of pics/ppo_2.png; line 6 is pics/ppo_1.png, line 5 pics/gae_1.png
+Notes   "PPO (2017)"; the numbers below are those of pics/ppo_2.png; line 6: pics/ppo_1.png, line 5: GAE, pics/gae_1.png
 Run     python algos/ppo.py --env-id CartPole-v1
         torchrun --nproc-per-node 2 algos/ppo.py    (two processes share the environments and the minibatches)
 
@@ -19,10 +18,9 @@ Run     python algos/ppo.py --env-id CartPole-v1
               g(ε, Â) = (1 + ε) Â if Â ≥ 0 else (1 - ε) Â, by stochastic gradient ascent with Adam
      7      φ_k+1 = argmin_φ mean_Dk (V_φ(s_t) - R̂_t)², by gradient descent
 
-Beyond the pseudo-code: lines 6 and 7 descend one loss that also rewards entropy; R̂ = Â + V; Â is brought to mean 0 and
-deviation 1 over D_k; gradients are clipped, the step size falls to 0. At a time limit s' is not terminal: line 5
-bootstraps from the true last observation, and its sum stops there as at every end of an episode.
-The notes' four cases are those of line 6; that they are meant to punish bad actions is the notes' reading alone.
+Beyond the pseudo-code: one loss for lines 6 and 7, which also rewards entropy; R̂ = Â + V; Â has mean 0 and deviation 1
+over D_k; gradients are clipped, the step size falls to 0. Where a time limit cuts, line 5 bootstraps from the true last
+observation, and its sum stops. That the four cases of line 6 are harsh on bad actions is the notes' reading alone.
 
 Result  CartPole-v1: 500.00, 500.00, 500.00 (seeds 1-3, 100 episodes each) by the first command above
 """
@@ -125,10 +123,9 @@ class PPO:
         policy = GaussianPolicy if isinstance(action_space, gym.spaces.Box) else CategoricalPolicy
         self.policy = policy(obs_shape, action_space).to(device)  # line 1
         self.value = network(obs_shape, 1, gain=1.0).to(device)
-        self.parameters = [*self.policy.parameters(), *self.value.parameters()]
-        self.optimizer = torch.optim.Adam(self.parameters, lr=args.learning_rate, eps=1e-5, fused=True)
-        self.obs_moments = RunningMoments(*obs_shape).to(device)
-        self.reward_scale = RewardScale(args.gamma).to(device)
+        self.theta_phi = as_one_parameter([*self.policy.parameters(), *self.value.parameters()])
+        self.optimizer = torch.optim.Adam([self.theta_phi], lr=args.learning_rate, eps=1e-5, fused=True)
+        self.obs_moments, self.reward_scale = RunningMoments(*obs_shape).to(device), RewardScale(args.gamma).to(device)
 
     def see(self, obs):
         """Observations as the networks take them."""
@@ -136,14 +133,11 @@ class PPO:
 
     @torch.no_grad()
     def targets(self, obs, a, r, terminated, done, cut: dict):
-        """Of D_k's steps: s, a, log π_θk(a|s), Â and R̂ (T N, ...), and the share of R̂'s variance that V explains.
+        """Of D_k's steps: s, a, log π_θk(a|s), Â and R̂ (T N, ...); and how much of R̂'s variance V explains.
 
-        obs (T + 1, N, *obs_shape), a (T, N, action_dim), the others (T, N); done: the episode ended with this step;
-        cut: the last observation of every episode that a time limit ended, by its (t, n).
-        """
+        obs (T + 1, N, *obs_shape); cut: by (t, n), the last observation of every episode that a time limit ended."""
         s = self.see(obs)
-        if self.args.normalize_reward:
-            r = self.reward_scale(r, done)
+        r = self.reward_scale(r, done) if self.args.normalize_reward else r
         v = self.value(s.flatten(0, 1)).view(s.shape[:2])
         v2 = v[1:].clone()
         for step, last_obs in cut.items():
@@ -159,26 +153,32 @@ class PPO:
         return [s, a, self.policy(s).log_prob(a), advantage, r_to_go], explained
 
     def loss(self, s, a, old_log_prob, advantage, r_to_go):
-        """The loss of a minibatch; and its parts, two estimates of KL(π_θk, π_θ), the share of clipped ρ."""
+        """The loss of a minibatch, and its three parts."""
         pi, eps = self.policy(s), self.args.epsilon
-        log_ratio = pi.log_prob(a) - old_log_prob
-        ratio = log_ratio.exp()  # ρ
+        ratio = (pi.log_prob(a) - old_log_prob).exp()  # ρ
         policy_loss = -torch.min(ratio * advantage, ratio.clamp(1 - eps, 1 + eps) * advantage).mean()  # line 6
         value_loss = (self.value(s).squeeze(-1) - r_to_go).square().mean()  # line 7
         entropy = pi.entropy().mean()
         loss = policy_loss + self.args.value_coef * value_loss - self.args.entropy_coef * entropy
-        kl, clipped = (ratio - 1 - log_ratio).mean(), ((ratio - 1).abs() > eps).float().mean()
-        return loss, torch.stack([policy_loss, value_loss, entropy, kl, -log_ratio.mean(), clipped]).detach()
+        return loss, torch.stack([policy_loss, value_loss, entropy]).detach()
 
     def update(self, *minibatch):
         """A step of Adam; under torchrun, on the minibatches of all processes together."""
         loss, parts = self.loss(*minibatch)
-        self.optimizer.zero_grad()
+        self.theta_phi.grad.zero_()
         loss.backward()
-        average_(*(p.grad for p in self.parameters))
-        nn.utils.clip_grad_norm_(self.parameters, self.args.max_grad_norm)
+        average_(self.theta_phi.grad)
+        nn.utils.clip_grad_norm_([self.theta_phi], self.args.max_grad_norm)
         self.optimizer.step()  # lines 6, 7
-        return parts
+        return parts.clone()  # a CUDA graph reuses its outputs
+
+    @torch.no_grad()
+    def change(self, s, a, old_log_prob):
+        """How far π_θ is from π_θk: two estimates of KL(π_θk, π_θ), and the share of ρ that line 6 may clip."""
+        log_ratio = self.policy(s).log_prob(a) - old_log_prob
+        ratio = log_ratio.exp()
+        clipped = ((ratio - 1).abs() > self.args.epsilon).float()
+        return torch.stack([ratio - 1 - log_ratio, -log_ratio, clipped]).mean(dim=1)
 
 
 def train(args: Args) -> dict:
@@ -187,8 +187,7 @@ def train(args: Args) -> dict:
     run = (SilentRun if rank else Run)("ppo", args)
     args = run.args
     check_settings(args, processes)
-    device = set_up_torch(args.seed, args.device, args.num_threads)
-    join_processes(device, processes)
+    device = join_processes(set_up_torch(args.seed, args.device, args.num_threads), processes)
     envs = make_envs(args.env_id, args.env_kwargs, args.num_envs // processes, args.normalize_obs)
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
     agent = PPO(obs_space.shape, action_space, args, device)
@@ -221,7 +220,7 @@ def train(args: Args) -> dict:
                 parts.append(agent.update(*(x[index] for x in batch)))  # lines 6, 7
         run.advance(batch_size)
         names = ("policy", "value", "entropy", "kl", "kl_simple", "clip_fraction", "explained_variance")
-        scalars = average_(torch.cat([torch.stack(parts).mean(dim=0), explained[None]]))
+        scalars = average_(torch.cat([torch.stack(parts).mean(dim=0), agent.change(*batch[:3]), explained[None]]))
         run.log({f"losses/{name}": scalar for name, scalar in zip(names, scalars)})
         for episode in d.start(d.obs[-1]):
             run.log_episode(episode)
@@ -267,13 +266,14 @@ def check_settings(args, processes: int):
     require(min(args.value_coef, args.entropy_coef) >= 0, "value_coef and entropy_coef must not be negative")
 
 
-def join_processes(device: torch.device, processes: int):
-    """Under torchrun, meet the other processes; on GPUs, each takes its own."""
+def join_processes(device: torch.device, processes: int) -> torch.device:
+    """Under torchrun, meet the other processes; on GPUs, each takes its own. Returns the device."""
     if processes > 1:
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
         atexit.register(distributed.destroy_process_group)
+    return device
 
 
 def average_(*tensors):
@@ -345,6 +345,16 @@ def network(obs_shape: tuple, outputs: int, gain: float) -> nn.Sequential:
             nn.init.orthogonal_(layer.weight, gain if layer is net[-1] else math.sqrt(2))
             nn.init.zeros_(layer.bias)
     return net
+
+
+def as_one_parameter(parameters: list) -> nn.Parameter:
+    """The parameters and their gradients become views of this one: one norm, one step, one message for all."""
+    one = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
+    one.grad = torch.zeros_like(one)
+    nn.utils.vector_to_parameters(one, parameters)
+    for parameter, gradient in zip(parameters, one.grad.split([p.numel() for p in parameters])):
+        parameter.grad = gradient.view_as(parameter)
+    return one
 
 
 class RunningMoments(nn.Module):

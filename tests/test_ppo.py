@@ -255,37 +255,82 @@ def test_ppo_loss_is_the_sum_of_its_parts():
     agent = agent_for(value_coef=0.25, entropy_coef=0.125)
     s, a = torch.randn(6, 3), torch.tensor([[0], [1], [1], [0], [1], [0]])
     old, advantage, r_to_go = torch.log(torch.tensor([0.9, 0.5, 0.3, 0.45, 0.55, 0.8])), torch.randn(6), torch.randn(6)
-    loss, (policy, value, entropy, kl, kl_simple, clipped) = agent.loss(s, a, old, advantage, r_to_go)
+    loss, parts = agent.loss(s, a, old, advantage, r_to_go)
+    policy, value, entropy = parts
     p = agent.policy.net(s).softmax(-1).detach()
     ratio = p.gather(1, a).squeeze(1) / old.exp()
     g = torch.where(advantage >= 0, 1.2 * advantage, 0.8 * advantage)
     torch.testing.assert_close(policy, -torch.minimum(ratio * advantage, g).mean())
-    torch.testing.assert_close(value, (agent.value(s).squeeze(1) - r_to_go).square().mean())
+    torch.testing.assert_close(value, (agent.value(s).squeeze(1) - r_to_go).square().mean().detach())
     torch.testing.assert_close(entropy, -(p * p.log()).sum(1).mean())
+    torch.testing.assert_close(loss.detach(), policy + 0.25 * value - 0.125 * entropy)
+    assert loss.requires_grad and not parts.requires_grad
+    kl, kl_simple, clipped = agent.change(s, a, old)
     torch.testing.assert_close(kl, (ratio - 1 - ratio.log()).mean())
     torch.testing.assert_close(kl_simple, -ratio.log().mean())
     torch.testing.assert_close(clipped, ((ratio < 0.8) | (ratio > 1.2)).float().mean())
-    assert 0 < clipped < 1
-    torch.testing.assert_close(loss, policy + 0.25 * value - 0.125 * entropy)
+    assert (ratio < 0.8).any() and (ratio > 1.2).any() and clipped < 1
 
 
 def test_ppo_first_minibatch_has_ratio_one(tmp_path, monkeypatch):
-    parts, original = [], ppo.PPO.update
-    monkeypatch.setattr(ppo.PPO, "update", lambda self, *batch: parts.append(original(self, *batch)) or parts[-1])
+    changes, original = [], ppo.PPO.update
+
+    def update(self, *batch):
+        changes.append(self.change(*batch[:3]).tolist())
+        return original(self, *batch)
+
+    monkeypatch.setattr(ppo.PPO, "update", update)
     train(tmp_path, env_id="Pendulum-v1", normalize_obs=True, total_timesteps=96, update_epochs=2)
     for k in range(3):  # in every D_k, also after the normaliser has learned from the one before
-        _, _, _, kl, kl_simple, clipped = parts[4 * k].tolist()
+        kl, kl_simple, clipped = changes[4 * k]
         assert kl == pytest.approx(0, abs=1e-6) and kl_simple == pytest.approx(0, abs=1e-6) and clipped == 0
-        assert parts[4 * k + 3][3] > 1e-7, "later minibatches have moved"
+        assert changes[4 * k + 3][0] > 1e-7, "later minibatches have moved"
 
 
 def test_ppo_update_clips_the_gradient_before_adam():
-    agent, calls = agent_for(max_grad_norm=0.01), []
-    agent.optimizer.step = lambda: calls.append(torch.cat([p.grad.flatten() for p in agent.parameters]).norm().item())
+    agent, norms = agent_for(max_grad_norm=0.01), []
+    agent.optimizer.step = lambda: norms.append(agent.theta_phi.grad.norm().item())
     batch = torch.randn(8, 3), torch.zeros(8, 1, dtype=torch.long), torch.zeros(8), torch.randn(8), 10 * torch.randn(8)
-    for _ in range(2):  # gradients do not pile up
-        agent.update(*batch)
-    assert calls == [pytest.approx(0.01, rel=1e-3)] * 2
+    agent.update(*batch)
+    first = agent.theta_phi.grad.clone()
+    agent.update(*batch)
+    torch.testing.assert_close(agent.theta_phi.grad, first, msg="gradients do not pile up")
+    assert norms == [pytest.approx(0.01, rel=1e-3)] * 2
+
+
+def test_ppo_a_step_on_the_one_parameter_is_a_step_on_all():
+    one, other = agent_for(max_grad_norm=1e9), agent_for()
+    optimizer = torch.optim.Adam([*other.policy.parameters(), *other.value.parameters()], lr=1e-3, eps=1e-5)
+    for _ in range(3):
+        batch = torch.randn(8, 3), torch.randint(2, (8, 1)), -torch.rand(8), torch.randn(8), torch.randn(8)
+        one.update(*batch)
+        optimizer.zero_grad()
+        other.loss(*batch)[0].backward()
+        optimizer.step()
+    for a, b in zip(
+        [*one.policy.parameters(), *one.value.parameters()], optimizer.param_groups[0]["params"], strict=True
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_ppo_targets_are_finite_where_nothing_happens():
+    agent = agent_for()
+    agent.value = lambda s: torch.zeros(len(s), 1)
+    zeros = torch.zeros(5, 2)
+    batch, explained = agent.targets(
+        torch.zeros(6, 2, 3), torch.zeros(5, 2, 1, dtype=torch.long), zeros, zeros, zeros, {}
+    )
+    assert not batch[3].any() and not batch[4].any() and explained == 1
+
+
+def test_ppo_resumed_run_meets_new_episodes(tmp_path, monkeypatch):
+    seeds, original = [], gym.vector.SyncVectorEnv.reset
+    monkeypatch.setattr(
+        gym.vector.SyncVectorEnv, "reset", lambda self, seed: seeds.append(seed) or original(self, seed=seed)
+    )
+    train(tmp_path, seed=5)
+    train(tmp_path, seed=5, resume=str(tmp_path))
+    assert seeds == [5, 5 + 64]
 
 
 def test_ppo_update_moves_towards_good_actions_and_values():
@@ -479,7 +524,10 @@ settings = dict(num_envs=4, num_steps=16, num_minibatches=2, total_timesteps=128
 settings |= dict(env_id="Pendulum-v1", normalize_obs=True, normalize_reward=True, device="cpu", run_dir="run")
 agents, original = [], ppo.PPO.__init__
 ppo.PPO.__init__ = lambda self, *rest: agents.append(self) or original(self, *rest)
+seeds, reset = [], gymnasium.vector.SyncVectorEnv.reset
+gymnasium.vector.SyncVectorEnv.reset = lambda self, seed: seeds.append(seed) or reset(self, seed=seed)
 ppo.train(ppo.Args(**settings))
+assert seeds == [1 + 2 * rank], "of environments 1, 2 here and 3, 4 there"
 torch.save([part.state_dict() for part in ppo.parts_of(agents[0]).values()], f"trained{rank}.pt")
 torch.manual_seed(0)
 agent, moments = ppo.PPO((3,), gymnasium.spaces.Discrete(2), ppo.Args(), torch.device("cpu")), ppo.RunningMoments(3)
@@ -515,20 +563,13 @@ def test_ppo_two_processes_take_the_step_of_one_with_the_same_total_batch(tmp_pa
 
 
 @pytest.mark.slow
-def test_ppo_compiled_loss_is_the_loss():
-    agent = agent_for(gym.spaces.Box(-1, 1, (2,)))
-    batch = torch.randn(8, 3), torch.randn(8, 2), -torch.rand(8), torch.randn(8), torch.randn(8)
-    loss, parts = agent.loss(*batch)
-    loss.backward()
-    gradients = [p.grad.clone() for p in agent.parameters]
-    agent.loss = torch.compile(agent.loss, mode="reduce-overhead")
-    agent.optimizer.zero_grad()
-    compiled, compiled_parts = agent.loss(*batch)
-    compiled.backward()
-    torch.testing.assert_close(compiled, loss)
-    torch.testing.assert_close(compiled_parts, parts)
-    for p, gradient in zip(agent.parameters, gradients):
-        torch.testing.assert_close(p.grad, gradient)
+def test_ppo_compiled_update_is_the_update():
+    one, compiled = agent_for(gym.spaces.Box(-1, 1, (2,))), agent_for(gym.spaces.Box(-1, 1, (2,)))
+    compiled.loss = torch.compile(compiled.loss, mode="reduce-overhead")
+    for _ in range(2):
+        batch = torch.randn(8, 3), torch.randn(8, 2), -torch.rand(8), torch.randn(8), torch.randn(8)
+        torch.testing.assert_close(compiled.update(*batch), one.update(*batch))
+        torch.testing.assert_close(compiled.theta_phi, one.theta_phi)
 
 
 @pytest.mark.parametrize(
