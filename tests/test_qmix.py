@@ -371,33 +371,60 @@ def test_replay_survives_a_checkpoint():
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
+# --- the loop ---------------------------------------------------------------------------------------------------------
+
+
+def test_loop_decays_epsilon_updates_once_an_episode_and_copies_targets_in_time(tmp_path, monkeypatch):
+    epsilons, calls = [], []
+    play, update, copy_targets = qmix.play, qmix.QMIX.update, qmix.QMIX.update_targets
+
+    def spy(team, agent, epsilon):
+        epsilons.append(epsilon)
+        calls.append("play")
+        return play(team, agent, epsilon)
+
+    monkeypatch.setattr(qmix, "play", spy)
+    monkeypatch.setattr(qmix.QMIX, "update", lambda agent, **batch: calls.append("update") or update(agent, **batch))
+    monkeypatch.setattr(qmix.QMIX, "update_targets", lambda agent: calls.append("targets") or copy_targets(agent))
+    settings = dict(num_envs=4, batch_size=8, target_every=20, epsilon_start=0.9, epsilon_end=0.1, epsilon_steps=100)
+    game = dict(env_id="envs.matrix_games", env_kwargs='{"game": "two_step"}', total_timesteps=200)
+    result = qmix.train(
+        qmix.Args(**game, **settings, eval_every=0, eval_episodes=1, device="cpu", run_dir=str(tmp_path))
+    )
+    assert result["steps"] == 200
+    assert epsilons == pytest.approx([0.9 - 0.8 * min(1, 8 * k / 100) for k in range(25)]), "8 steps between plays"
+    expected = ["play"]  # 4 episodes are too few for a batch of 8
+    for episodes in range(8, 101, 4):
+        expected += ["play"] + ["update"] * 4 + ["targets"] * (episodes % 20 == 0)
+    assert calls == expected
+
+
 # --- the whole --------------------------------------------------------------------------------------------------------
 
 
 def learn(folder, game, capsys, **settings):
     """The final return, and the printed tables: [(Q_tot, payoff), ...]."""
-    args = dict(total_timesteps=2_000, epsilon_end=1.0, learning_rate=2e-3, target_every=50, eval_every=0, **settings)
-    kwargs = json.dumps(game)
-    args = qmix.Args(env_id="envs.matrix_games", env_kwargs=kwargs, run_dir=str(folder), eval_episodes=1, **args)
+    args = dict(epsilon_end=1.0, target_every=50, eval_every=0, eval_episodes=1, device="cpu", **settings)
+    args = qmix.Args(env_id="envs.matrix_games", env_kwargs=json.dumps(game), run_dir=str(folder), **args)
     result = qmix.train(args)
     printed = [line.split(": ", 1)[1] for line in capsys.readouterr().out.splitlines() if line.startswith("Q_tot")]
     return result["return"], [tuple(map(json.loads, line.split(" | payoff: "))) for line in printed]
 
 
 def test_two_step_game_is_solved_with_the_published_tables(tmp_path, capsys):
-    value, tables = learn(tmp_path, {"game": "two_step"}, capsys, device="cpu")
+    value, tables = learn(tmp_path, {"game": "two_step"}, capsys, total_timesteps=1_600, learning_rate=2e-3)
     assert value == 8.0
     (first, _), (second, sevens), (third, payoff) = tables
-    assert np.array(first) == pytest.approx(np.array([[6.93, 6.93], [7.92, 7.92]]), abs=0.25)
-    assert np.array(second) == pytest.approx(np.array(sevens), abs=0.25)
-    assert np.array(third) == pytest.approx(np.array(payoff), abs=0.25)
+    assert np.array(first) == pytest.approx(np.array([[6.93, 6.93], [7.92, 7.92]]), abs=0.3)
+    assert np.array(second) == pytest.approx(np.array(sevens), abs=0.3)
+    assert np.array(third) == pytest.approx(np.array(payoff), abs=0.3)
 
 
-def test_a_monotone_mixer_cannot_fit_the_game_of_qtran(tmp_path, capsys):
-    value, [(table, _)] = learn(tmp_path, {"game": "qtran"}, capsys, device="cpu")
-    assert value == 0.0
-    expected = np.array([[-8.0, -8.0, -8.0], [-8.0, 0.0, 0.0], [-8.0, 0.0, 0.0]])
-    assert np.array(table) == pytest.approx(expected, abs=0.6)
+def test_a_monotone_mixer_fits_the_nonmonotone_game_of_qmix_4_by_least_squares(tmp_path, capsys):
+    game = {"payoff": [[2, 1], [1, 8]]}
+    value, [(table, payoff)] = learn(tmp_path, game, capsys, total_timesteps=1_000, learning_rate=2e-3)
+    assert value == 8.0 and payoff == game["payoff"]
+    assert np.array(table) == pytest.approx(np.array([[4 / 3, 4 / 3], [4 / 3, 8.0]]), abs=0.35)
 
 
 BAD = {
