@@ -146,6 +146,55 @@ TASKS = [
         seeds=5,
         needed=5,
     ),
+    # --- sarsa, double_q_learning, n_step_sarsa, dyna_q ---------------------------------------------------------------
+    Task("sarsa__CliffWalking-v1", "algos/sarsa.py", "", -17, "[meas] -15 (12 of 15) or -17 (3 of 15)", 5, 4),
+    Task(
+        "sarsa__WindyGrid-v0",
+        "algos/sarsa.py",
+        "--env-id WindyGrid-v0 --epsilon 1 --epsilon-decay 1 --total-timesteps 40000",
+        -16,
+        "[exact] shortest path 15; [meas] 15 (27 of 30) or 16 (3 of 30)",
+        seeds=5,
+        needed=5,
+    ),
+    Task(
+        "double_q_learning__CliffWalking-v1",
+        "algos/double_q_learning.py",
+        "",
+        -17,
+        "[meas] -17 (48 of 60), -15 (9 of 60) or a loop (3 of 60)",
+        seeds=5,
+        needed=4,
+    ),
+    Task(
+        "n_step_sarsa__CliffWalking-v1",
+        "algos/n_step_sarsa.py",
+        "",
+        -19,
+        "[meas] one-step Sarsa: -15 to -19",
+        seeds=5,
+        needed=4,
+    ),
+    Task("dyna_q__DynaMaze-v0", "algos/dyna_q.py", "", 1.0, "[exact] the goal is always reached", seeds=5, needed=5),
+    Task(
+        "dyna_q__CliffWalking-v1",
+        "algos/dyna_q.py",
+        "--env-id CliffWalking-v1 --gamma 1 --alpha 0.5 --n 20 --total-timesteps 1500 --eval-every 100",
+        -13,
+        "[exact] shortest path",
+        seeds=5,
+        needed=5,
+    ),
+    # --- semi_gradient_sarsa ------------------------------------------------------------------------------------------
+    Task(
+        "semi_gradient_sarsa__MountainCar-v0",
+        "algos/semi_gradient_sarsa.py",
+        "--eval-episodes 100",
+        -130,
+        "[meas] 117 steps in training after 400 episodes; [S&B] figure 10.2",
+        seeds=5,
+        needed=5,
+    ),
     # --- td3 ----------------------------------------------------------------------------------------------------------
     Task(
         "td3__InvertedPendulum-v5",
@@ -236,5 +285,53 @@ TASKS = [
         "[CRL] 20.3 in training at 10M",
         seeds=1,
         needed=1,
+    ),
+    # --- ppo ----------------------------------------------------------------------------------------------------------
+    Task(
+        "ppo__CartPole-v1",
+        "algos/ppo.py",
+        "--env-id CartPole-v1",
+        475,
+        "[ZOO] 500 ± 0 at 100k",
+    ),
+    Task(
+        "ppo__Acrobot-v1",
+        "algos/ppo.py",
+        "--env-id Acrobot-v1 --total-timesteps 200000 --gamma 0.99 --lam 0.95 --normalize-obs --eval-every 20000",
+        -100,
+        "[CRL] -86.36 ± 1.32 at 500k",
+    ),
+    Task(
+        "ppo__LunarLander-v3",
+        "algos/ppo.py",
+        "--env-id LunarLander-v3 --total-timesteps 1000000 --num-envs 16 --num-steps 1024 --num-minibatches 256 "
+        "--gamma 0.999 --lam 0.98 --learning-rate 0.0003 --eval-every 100000",
+        200,
+        "[ZOO] 242 ± 32 at 1M, LunarLander-v2; the environment counts 200 as solved",
+    ),
+    Task(
+        "ppo__Pendulum-v1",
+        "algos/ppo.py",
+        "--env-id Pendulum-v1 --num-envs 4 --num-steps 512 --num-minibatches 32 --update-epochs 10 --gamma 0.9 "
+        "--lam 0.95 --entropy-coef 0",
+        -250,
+        "[ZOO] -172.2 ± 104.2 at 100k",
+    ),
+    Task(
+        "ppo__InvertedPendulum-v5",
+        "algos/ppo.py",
+        "--env-id InvertedPendulum-v5 --num-steps 256 --num-minibatches 32 --update-epochs 10 --gamma 0.99 --lam 0.95 "
+        "--entropy-coef 0 --learning-rate 0.0003 --normalize-obs --normalize-reward",
+        900,
+        "[CRL] 963 ± 22 at 1M, v4",
+    ),
+    Task(
+        "ppo__HalfCheetah-v4",
+        "algos/ppo.py",
+        "--env-id HalfCheetah-v4 --total-timesteps 1000000 --num-steps 256 --num-minibatches 32 --update-epochs 10 "
+        "--gamma 0.99 --lam 0.95 --entropy-coef 0 --learning-rate 0.0003 --normalize-obs --normalize-reward "
+        "--eval-every 50000 --eval-episodes 10",
+        1443,
+        "[CRL] 1443 ± 46 at 1M",
     ),
 ]
