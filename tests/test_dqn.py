@@ -409,6 +409,13 @@ def test_atari_training_clips_rewards_and_ends_episodes_with_lives():
     assert int(env.reset(seed=3)[0][0, 0, 0]) == 0, "a seed always begins a new game"
 
 
+def test_atari_training_begins_a_new_game_after_a_time_limit():
+    env = dqn.AtariTraining(gym.wrappers.TimeLimit(Game(), 2))
+    env.reset(seed=1)
+    assert [env.step(0)[2:4] for _ in range(2)] == [(False, False), (False, True)]
+    assert int(env.reset()[0][0, 0, 0]) == 0
+
+
 def test_minatar_images_are_bytes_channels_first():
     pytest.importorskip("minatar")
     env = dqn.make_any_env("MinAtar/Breakout-v1", "{}", training=True)
