@@ -27,8 +27,8 @@ Run     python algos/actor_critic.py --env-id CartPole-v1
 
 Beyond the pseudo-code: lines 9 and 10 are plain gradient steps, on the CPU. A time limit ends an episode without making
 S' terminal, so line 8 still bootstraps from it. Evaluation draws its actions from π too: in the corridor a policy that
-always does the same never arrives. There π takes all cells for the same, but v̂ is told which one it is: one that is not
-would bootstrap from itself. The picture has I on line 9, the book's final edition has not: --no-discount-w.
+always does the same never arrives. There π takes all cells for the same, but v̂ is told which one it is: else δ would
+always be R. The picture has I on line 9, the book's final edition has not: --no-discount-w.
 """
 
 import json
@@ -58,7 +58,7 @@ class Args:
     """environment steps"""
     alpha_theta: float = 1e-3
     """α_θ, step size of the policy"""
-    alpha_w: float = 1e-3
+    alpha_w: float = 1e-2
     """α_w, step size of the state value"""
     gamma: float = 0.99
     """γ, discount"""

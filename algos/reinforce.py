@@ -50,9 +50,9 @@ class Args:
     """a gymnasium environment with flat observations and Discrete actions, or the book's ShortCorridor-v0"""
     env_kwargs: str = "{}"
     """arguments of the environment, as JSON"""
-    total_timesteps: int = 200_000
+    total_timesteps: int = 250_000
     """environment steps"""
-    alpha_theta: float = 1e-3
+    alpha_theta: float = 5e-4
     """α_θ, step size of the policy"""
     alpha_w: float = 1e-3
     """α_w, step size of the state value"""
