@@ -325,12 +325,15 @@ def test_the_loop_stores_what_it_saw_and_learns_when_it_is_time(tmp_path, monkey
         dqn.DQN, "update", lambda self: events.append((steps(), "update")) or (torch.zeros(()), torch.zeros(()))
     )
     monkeypatch.setattr(dqn.DQN, "update_target", lambda self: events.append((steps(), "target")))
+    made, original = [], dqn.make_any_env
+    monkeypatch.setattr(dqn, "make_any_env", lambda *a, **k: made.append((a[3:], k)) or original(*a, **k))
     epsilons = []
     monkeypatch.setattr(dqn.DQN, "act", lambda self, s, epsilon=None: epsilons.append(epsilon) or len(epsilons) % 3)
     settings = dict(total_timesteps=24, learning_starts=8, train_every=4, gradient_steps=2, target_every=8)
     dqn.train(
         dqn.Args("Recorder-v0", run_dir=str(tmp_path), batch_size=5, eval_every=0, eval_episodes=1, seed=7, **settings)
     )
+    assert made == [((), {"training": True}), ((), {})], "only training cuts lives and clips rewards"
     expected, s = [], None
     for entry in Recorder.log:
         if entry[0] == "reset":
