@@ -127,7 +127,8 @@ def test_line_16_ascends_q1_and_leaves_no_gradient_in_q():
         (-value(q.q1, s, policy(s)).mean()).backward()
         expected_loss = -value(q.q1, s, policy(s)).mean().item()
         optimizer.step()
-        assert agent.update_policy(s).item() == pytest.approx(expected_loss, rel=1e-5)
+        reported = agent.update_policy(s)
+        assert reported.item() == pytest.approx(expected_loss, rel=1e-5) and not reported.requires_grad
     for mine, expected in zip(agent.policy.parameters(), policy.parameters()):
         assert torch.allclose(mine, expected, atol=2e-6)
     assert all(torch.equal(x, y) for x, y in zip(agent.q.parameters(), q.parameters())), "the Q-functions stay"
