@@ -27,6 +27,9 @@ Run     python algos/dyna_q.py
 Beyond the pseudo-code: the model also remembers whether S' was terminal, else line 12 would bootstrap from it; equally
 good actions are chosen between at random; a time limit ends an episode without making S' terminal.
 Lines 9 and 10 are drawn as written, first a state, then an action: not the same as a uniform pair.
+
+Result  DynaMaze-v0 with the defaults: the goal, in 5 of 5 seeds; CliffWalking-v1, with --gamma 1 --alpha 0.5 --n 20
+        --total-timesteps 1500: -13, the shortest path, in 5 of 5 seeds
 """
 
 import json

@@ -172,12 +172,8 @@ def corridor_returns(alpha_theta: float, alpha_w: float, runs: int = 100, episod
     """Lines 3-9 in the short corridor, in all runs at once: returns (episodes, runs); π(right) starts at 0.05."""
     rng, returns, w = np.random.default_rng(seed), [], np.zeros(runs)
     preference = np.full(runs, -math.log(19))  # θ of right less θ of left
-
-    def pi_right():  # clipped, else one run in a hundred comes to walk left for ever
-        return (1 / (1 + np.exp(-preference))).clip(0.05, 0.95)
-
     for _ in range(episodes):
-        cell, steps, p = np.zeros(runs, int), [], pi_right()
+        cell, steps, p = np.zeros(runs, int), [], 1 / (1 + np.exp(-preference))
         while (cell < 3).any():
             walking, right = cell < 3, rng.random(runs) < p
             steps.append((walking, right))
@@ -186,8 +182,9 @@ def corridor_returns(alpha_theta: float, alpha_w: float, runs: int = 100, episod
         for walking, right in steps:
             delta = walking * (G - w)
             w += alpha_w * delta
-            preference += 2 * alpha_theta * delta * (right - pi_right())  # both θ move
+            preference += 2 * alpha_theta * delta * (right - 1 / (1 + np.exp(-preference)))  # both θ move
             G = G + walking
+        preference = preference.clip(-math.log(19), math.log(19))  # else one run in a hundred walks left for ever
     return np.array(returns)
 
 
