@@ -85,8 +85,8 @@ class Args:
     """epochs of line 15"""
     num_minibatches: int = 1
     """K, mini-batches in an epoch"""
-    gamma: float = 0.99
-    """γ, discount"""
+    gamma: float = 0.95
+    """γ, discount; nearer to 1, V must learn sums far longer than these episodes, as time limits do not end them"""
     lam: float = 0.95
     """λ of GAE"""
     epsilon: float = 0.2
@@ -185,7 +185,7 @@ class PopArt(nn.Module):
 
 
 def gae(r, v, v2, terminated, done, gamma: float, lam: float):
-    """Â (T, ...) of rewards, values of s and s', ends of episodes (T, ...); done: terminated, or cut by a time limit."""
+    """Â (T, ...) of rewards, values of s and s', ends of episodes; done: terminated, or cut by a time limit."""
     delta = r + gamma * (1 - terminated) * v2 - v
     keep, advantage, later = gamma * lam * (1 - done), torch.empty_like(r), 0.0
     for t in reversed(range(len(r))):
@@ -242,11 +242,11 @@ class MAPPO:
         v2 = torch.where(cut.unsqueeze(-1), D["last_v"], v.roll(-1, 0))
         advantage = gae(D["r"], v, v2, D["terminated"], D["done"], self.args.gamma, self.args.lam)  # line 12
         r_to_go = advantage + v  # line 13
-        same = self.popart.update(r_to_go, alive, [net.head for net in self.value.nets])
+        kept = self.popart.update(r_to_go, alive, [net.head for net in self.value.nets])
         axes = (0, 1, 2) if self.args.share_parameters else (0, 1)
         advantage = advantage - mean_of(advantage, alive, axes)
         advantage = advantage / (mean_of(advantage.square(), alive, axes).sqrt() + 1e-8)
-        old_v = self.popart.normalise(v) if same else v
+        old_v = self.popart.normalise(v) if kept else v
         return {"advantage": advantage, "old_v": old_v, "r_to_go": self.popart.normalise(r_to_go)}
 
     def update_policy(self, b: dict) -> dict:
@@ -258,10 +258,9 @@ class MAPPO:
         policy_loss = -mean_of(gain, b["weight"])
         entropy = mean_of(self.policy.joint(p.entropy(), b["mask"]), b["weight"])
         self.descend(policy_loss - self.args.entropy_coef * entropy, self.policy, self.policy_optimizer)  # line 18
-        kl, clipped = ratio - 1 - log_ratio, (ratio - 1).abs() > eps
-        kl, clipped = mean_of(kl, b["weight"]).detach(), mean_of(clipped, b["weight"])
-        parts = {"policy": policy_loss.detach(), "entropy": entropy.detach(), "kl": kl, "clip_fraction": clipped}
-        return {f"losses/{name}": part for name, part in parts.items()}
+        kl, clipped = mean_of(ratio - 1 - log_ratio, b["weight"]), mean_of((ratio - 1).abs() > eps, b["weight"])
+        parts = {"policy": policy_loss, "entropy": entropy, "kl": kl, "clip_fraction": clipped}
+        return {f"losses/{name}": part.detach() for name, part in parts.items()}
 
     def update_value(self, b: dict) -> dict:
         v, eps = self.value(self.value_input(b["o"], b["s"]), b["h_v"])[0].squeeze(-1), self.args.epsilon  # line 17
@@ -285,27 +284,26 @@ def train(args: Args) -> dict:
     T, E, L = args.num_steps, args.num_envs, 1 if args.recurrent == "none" else args.chunk_length
     require(min(T, E, L, args.update_epochs) >= 1, "num_envs, num_steps, chunk_length, update_epochs must be positive")
     require(T * E <= args.total_timesteps, "num_envs * num_steps must not exceed total_timesteps")
-    require(1 <= args.num_minibatches <= -(-T // L) * E, "num_minibatches must lie in [1, chunks of a rollout]")
+    require(1 <= args.num_minibatches <= math.ceil(T / L) * E, "num_minibatches must lie in [1, chunks of a rollout]")
     require(0 <= args.gamma <= 1 and 0 <= args.lam <= 1, "gamma and lam must lie in [0, 1]")
     require(
         min(args.learning_rate, args.epsilon, args.hidden_dim) > 0,
         "learning_rate, epsilon, hidden_dim must be positive",
     )
     require(args.entropy_coef >= 0, "entropy_coef must not be negative")
-    team = Team(args.env_id, args.env_kwargs, E, args.team, args.reward_mode, args.capture_video)
+    team = Team(args, E, args.capture_video)
     print(team)
     device = set_up_torch(args.seed, args.device, args.num_threads)
     agent = MAPPO(team, args, device)
-    update_policy, update_value = agent.update_policy, agent.update_value
     if args.compile:
-        update_policy, update_value = (torch.compile(f, mode="reduce-overhead") for f in (update_policy, update_value))
+        agent.update_policy = torch.compile(agent.update_policy, mode="reduce-overhead")
+        agent.update_value = torch.compile(agent.update_value, mode="reduce-overhead")
 
     def evaluation(film: Path | None = None) -> list[float]:
-        copies = min(E, args.eval_episodes)
-        fresh = Team(args.env_id, args.env_kwargs, copies, args.team, args.reward_mode, film is not None)
+        fresh = Team(args, min(E, args.eval_episodes), film is not None)
         return evaluate_team(agent.act, fresh, args.eval_episodes, film)
 
-    run.start(-(-args.total_timesteps // (T * E)) * T * E, **parts_of(agent))
+    run.start(math.ceil(args.total_timesteps / (T * E)) * T * E, **parts_of(agent))
     team.seed(args.seed + run.step)
     team.reset()
     h_pi, h_v = (
@@ -332,7 +330,7 @@ def train(args: Args) -> dict:
         D |= agent.targets(D)  # lines 12, 13
         for _ in range(args.update_epochs):  # line 15
             for b in D.minibatches(L, args.num_minibatches):  # lines 14, 16
-                run.log(update_policy(b) | update_value(b))  # lines 17-20
+                run.log(agent.update_policy(b) | agent.update_value(b))  # lines 17-20
         run.evaluate_and_save(evaluation)
     return run.finish(evaluation)
 
@@ -366,24 +364,17 @@ def make_parallel(env_id: str, env_kwargs: str, film: bool):
     try:
         kwargs = json.loads(env_kwargs) | ({"render_mode": "rgb_array"} if film else {})
         env = importlib.import_module(env_id).parallel_env(**kwargs)
-        if film:  # learn at once whether it can be filmed
+        if film:  # learn now whether it can be filmed
+            importlib.import_module("moviepy")
             env.reset(seed=0)
             env.render()
         return env
     except Exception as error:  # whatever an environment raises, its user reads one line
-        family, _, name = env_id.rpartition(".")
-        known = [module.name for module in pkgutil.iter_modules(getattr(sys.modules.get(family), "__path__", []))]
-        near = ", ".join(difflib.get_close_matches(name, known))
-        hint = f"; near names: {near}" if near else f"; pip install {error.name}, if that is its name"
-        missing = isinstance(error, ModuleNotFoundError) and error.name
+        family = getattr(sys.modules.get(env_id.rpartition(".")[0]), "__path__", [])
+        near = difflib.get_close_matches(env_id.rpartition(".")[2], [m.name for m in pkgutil.iter_modules(family)])
+        hint = f"; near names: {', '.join(near)}" if near else "; is it spelt well, is it installed (pip install)?"
+        missing = isinstance(error, ModuleNotFoundError)
         require(False, f"cannot make {env_id}: {error or type(error).__name__}{hint if missing else ''}")
-
-
-def split_mask(seen, info: dict):
-    """An agent's observation, and the legal actions that came with it or with the info (None: nothing was said)."""
-    if isinstance(seen, dict) and "action_mask" in seen:
-        return seen["observation"], seen["action_mask"]
-    return seen, info.get("action_mask")
 
 
 class Team:
@@ -392,50 +383,44 @@ class Team:
     reset() and step() leave, in new arrays: obs (E, n, obs_dim), flat, padded with zeros (images: obs.reshape(E, n,
     *obs_shape)); state (E, state_dim), env.state() or all observations; mask (E, n, actions), what is legal by
     observation or info, padding never; alive (E, n), who acts next, actions of others are ignored; reward (E, n), each
-    agent's own, or for everybody the team's mean or sum; terminated, truncated (E, n), whom this step ended, for good
-    or by a time limit; done (E,), nobody acts next; returns (mean over agents), lengths (E,) of the episode so far.
+    agent's own, or for all the sum or the mean of those who acted; terminated, truncated (E, n), whom this step ended,
+    for good or by a time limit; done (E,), nobody acts next; returns (mean reward), lengths (E,) of the episode so far.
     A copy that is done stays as it ended, with the true last obs and state, reward 0, until reset(done). Continuous
-    actions (E, n, actions) are clipped into [low, high]. Agents whose names do not begin with `prefix` act at random.
+    actions (E, n, actions) are clipped into [low, high]. Agents whose names do not begin with `--team` act at random.
     """
 
-    def __init__(self, env_id: str, env_kwargs: str, num_envs: int, prefix: str, reward_mode: str, film: bool = False):
+    def __init__(self, args, num_envs: int, film: bool = False):
         require(num_envs >= 1, "num_envs must be positive")
-        require(not film or importlib.util.find_spec("moviepy"), "a video needs moviepy: pip install moviepy")
-        self.envs = [make_parallel(env_id, env_kwargs, film) for _ in range(num_envs)]
-        self.num_envs, self.reward_mode, env = num_envs, reward_mode, self.envs[0]
-        self.agents = [agent for agent in env.possible_agents if agent.startswith(prefix)]
+        self.envs = [make_parallel(args.env_id, args.env_kwargs, film) for _ in range(num_envs)]
+        self.num_envs, self.reward_mode, env = num_envs, args.reward_mode, self.envs[0]
+        self.agents = [agent for agent in env.possible_agents if agent.startswith(args.team)]
+        require(self.agents, f"no agent begins with {args.team}: {', '.join(env.possible_agents)}")
         self.others = {agent: env.action_space(agent) for agent in env.possible_agents if agent not in self.agents}
-        require(self.agents, f"no agent begins with {prefix}: {', '.join(env.possible_agents)}")
         self.n, spaces = len(self.agents), [env.action_space(agent) for agent in self.agents]
-        self.discrete = all(isinstance(space, gym.spaces.Discrete) for space in spaces)
-        boxes = all(isinstance(space, gym.spaces.Box) and space.is_bounded() for space in spaces)
-        require(self.discrete or boxes, f"actions must all be Discrete or all bounded Boxes; {env_id} has {spaces}")
-        self.action_spaces, self.sizes = spaces, [int(flatdim(space)) for space in spaces]
+        self.discrete = all(isinstance(space, gym.spaces.Discrete) and space.start == 0 for space in spaces)
+        boxes = all(isinstance(s, gym.spaces.Box) and s.is_bounded() and len(s.shape) == 1 for s in spaces)
+        require(self.discrete or boxes, f"actions must all be Discrete or all flat bounded Boxes, they are {spaces}")
+        self.sizes = [int(flatdim(space)) for space in spaces]
         self.num_actions = max(self.sizes)
         self.low, self.high = np.zeros((2, self.n, self.num_actions), np.float32)
-        for i, space in enumerate(spaces if boxes else []):
-            self.low[i, : self.sizes[i]], self.high[i, : self.sizes[i]] = space.low.ravel(), space.high.ravel()
+        for low, high, space in zip(self.low, self.high, spaces if boxes else []):
+            low[: space.shape[0]], high[: space.shape[0]] = space.low, space.high
         spaces = [env.observation_space(agent) for agent in self.agents]
-        self.obs_spaces = [space["observation"] if isinstance(space, gym.spaces.Dict) else space for space in spaces]
+        self.obs_spaces = [s["observation"] if isinstance(s, gym.spaces.Dict) else s for s in spaces]
         self.obs_dim, shapes = max(map(flatdim, self.obs_spaces)), {space.shape for space in self.obs_spaces}
         self.obs_shape = shapes.pop() if len(shapes) == 1 else (self.obs_dim,)
-        env.reset(seed=0)
-        try:
-            self.has_state = env.state() is not None
-        except (AttributeError, NotImplementedError):
-            self.has_state = False
-        self.rows, self.heard = [{}] * num_envs, [None] * num_envs  # of each copy: its rows of the arrays; what it said
+        self.rows, self.heard = (
+            [{}] * num_envs,
+            [{}] * num_envs,
+        )  # of each copy: its rows of the arrays; all legal actions
         self.seed(0)
         self.reset()
         self.state_dim = self.state.shape[1]
 
     def __str__(self):
-        reward = {"own": "each agent's own", "mean": "the mean over agents", "sum": "the sum over agents"}
-        state = f"{self.state_dim} ({'env.state()' if self.has_state else 'all observations'})"
-        team = f"{self.n} agents, {self.agents[0]} to {self.agents[-1]}, {len(self.others)} others at random"
-        return (
-            f"{team} | obs {self.obs_dim} | state {state} | actions {self.sizes} | reward: {reward[self.reward_mode]}"
-        )
+        names = f"{self.agents[0]} to {self.agents[-1]}, {len(self.others)} others at random"
+        sizes = f"obs {self.obs_dim} | {self.state_from} {self.state_dim} | actions {self.sizes}"
+        return f"{self.n} agents ({names}) | {sizes} | reward: {self.reward_mode}"
 
     def seed(self, seed: int):
         """Seed the copies, from their next reset on, and the agents outside the team."""
@@ -457,40 +442,40 @@ class Team:
             if row["done"]:  # some environments crash when they are stepped after their end
                 row["reward"] = np.zeros_like(row["reward"])
                 continue
-            act = {self.agents[i]: self.convert(i, actions[e, i]) for i in np.flatnonzero(row["alive"])}
-            for agent in (agent for agent in env.agents if agent in self.others):
-                legal = split_mask(self.heard[e][0][agent], self.heard[e][1].get(agent, {}))[1]
-                act[agent] = self.others[agent].sample(None if legal is None else np.asarray(legal, np.int8))
+            chosen = actions[e].tolist() if self.discrete else [a[:size] for a, size in zip(actions[e], self.sizes)]
+            act = {self.agents[i]: chosen[i] for i in np.flatnonzero(row["alive"])}
+            act |= {a: self.others[a].sample(self.heard[e].get(a)) for a in env.agents if a in self.others}
             new = self.row(e, *env.step(act))
+            if self.reward_mode != "own":
+                new["reward"][:] = new["reward"].sum() / (row["alive"].sum() if self.reward_mode == "mean" else 1)
             total = {"returns": row["returns"] + new["reward"].mean(), "lengths": row["lengths"] + 1}
             self.rows[e] = new | total
         self.stack()
 
-    def convert(self, i: int, action):
-        """The action as agent i's space has it."""
-        space = self.action_spaces[i]
-        return int(action + space.start) if self.discrete else action[: self.sizes[i]].reshape(space.shape)
-
     def row(self, e: int, seen: dict, rewards: dict, terminated: dict, truncated: dict, infos: dict) -> dict:
         """Copy e's rows of the arrays."""
         obs, mask = np.zeros((self.n, self.obs_dim), np.float32), np.zeros((self.n, self.num_actions), bool)
+        legal = {agent: info["action_mask"] for agent, info in infos.items() if "action_mask" in info}
+        legal |= {agent: x["action_mask"] for agent, x in seen.items() if isinstance(x, dict) and "action_mask" in x}
         for i, agent in enumerate(self.agents):
             if agent in seen:
-                x, legal = split_mask(seen[agent], infos.get(agent, {}))
+                x = seen[agent]["observation"] if isinstance(seen[agent], dict) else seen[agent]
                 x = flatten(self.obs_spaces[i], x)
                 obs[i, : x.size] = x / 255 if x.dtype == np.uint8 else x
-                mask[i, : self.sizes[i]] = True if legal is None else legal
+                mask[i, : self.sizes[i]] = legal.get(agent, True)
+        self.heard[e] = {agent: np.asarray(legal[agent], np.int8) for agent in legal if agent in self.others}
         reward = np.array([rewards.get(agent, 0.0) for agent in self.agents], np.float32)
-        if self.reward_mode != "own":
-            reward[:] = reward.mean() if self.reward_mode == "mean" else reward.sum()
-        live, truncated = self.envs[e].agents, np.array([truncated.get(agent, False) for agent in self.agents])
-        terminated = np.array([terminated.get(agent, False) for agent in self.agents])
+        truncated = np.array([truncated.get(agent, False) for agent in self.agents], bool)
+        terminated = np.array([terminated.get(agent, False) for agent in self.agents], bool) & ~truncated
+        live = self.envs[e].agents
         alive = np.array([agent in live for agent in self.agents]) & ~terminated & ~truncated
-        state = np.asarray(self.envs[e].state()) if self.has_state else obs
+        try:
+            state, self.state_from = np.asarray(self.envs[e].state()), "state"
+        except (AttributeError, NotImplementedError):
+            state, self.state_from = obs, "state of all observations"
         state = state.ravel().astype(np.float32) / (255 if state.dtype == np.uint8 else 1)
-        self.heard[e] = seen, infos
-        row = {"obs": obs, "state": state, "mask": mask, "alive": alive, "reward": reward, "done": not alive.any()}
-        return row | {"terminated": terminated & ~truncated, "truncated": truncated}  # SMAC's time limit says both
+        row = {"obs": obs, "state": state, "mask": mask, "alive": alive, "reward": reward}
+        return row | {"terminated": terminated, "truncated": truncated, "done": not alive.any()}
 
     def stack(self):
         for name in self.rows[0]:
@@ -612,7 +597,7 @@ def chunks(over: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def evaluate_team(act, team: Team, episodes: int, film: Path | None = None) -> list[float]:
-    """The team's undiscounted returns, always from the same seeds; the first is filmed. Closes the environments.
+    """The team's undiscounted returns, always from the same seeds; the first episode is filmed; closes the team.
 
     `act` maps the team and its own memory (None when episodes begin) to actions and the next memory.
     """
@@ -627,12 +612,11 @@ def evaluate_team(act, team: Team, episodes: int, film: Path | None = None) -> l
             actions, memory = act(team, memory)
             team.step(actions)
         returns += team.returns.tolist()
+    if film:
+        save_video = importlib.import_module("gymnasium.utils.save_video").save_video  # it needs moviepy
+        save_video(frames, str(film), fps=team.envs[0].metadata.get("render_fps", 10))
     for env in team.envs:
         env.close()
-    if film:
-        from gymnasium.utils.save_video import save_video  # needs moviepy
-
-        save_video(frames, str(film), fps=env.metadata.get("render_fps", 10))
     return returns[:episodes]
 
 

@@ -65,7 +65,7 @@ sys.modules["toy_of_mappo"] = SimpleNamespace(parallel_env=Toy)
 def make_agent(seed=0, env_kwargs="{}", env_id="toy_of_mappo", **settings):
     args = mappo.Args(env_id=env_id, env_kwargs=env_kwargs, hidden_dim=8, **settings)
     torch.manual_seed(seed)
-    team = mappo.Team(args.env_id, args.env_kwargs, 2, "", args.reward_mode)
+    team = mappo.Team(args, 2)
     agent = mappo.MAPPO(team, args, torch.device("cpu"))
     for parameter in [*agent.policy.parameters(), *agent.value.parameters()]:  # away from the calm start
         parameter.data += 0.3 * torch.randn_like(parameter)
@@ -124,7 +124,7 @@ def rollout_of(settings, rounds=1):
         patch.setattr(mappo.MAPPO, "update_policy", watch_update)
         args = mappo.Args(env_id="toy_of_mappo", eval_every=0, eval_episodes=1, hidden_dim=8, **settings)
         args.total_timesteps = rounds * args.num_envs * args.num_steps
-        mappo.train(args)
+        assert mappo.train(args)["steps"] == args.total_timesteps
     return seen, reports
 
 
@@ -323,7 +323,7 @@ def test_rollout_holds_what_happened(tmp_path, terminal, reward_mode):
                 s += 1
                 over = s == ends[int(k) % 3]
                 paid = [float(s), -1.0 if b_lives else 0.0]
-                assert D["r"][t, e].tolist() == (paid if own else [sum(paid) / 2] * 2)
+                assert D["r"][t, e].tolist() == (paid if own else [sum(paid) / (2 if b_lives else 1)] * 2)
                 assert D["over"][t, e] == over
                 if own:
                     assert D["done"][t, e].tolist() == [over, s == 2]
@@ -381,6 +381,7 @@ def test_losses_by_independent_arithmetic():
     assert reported["losses/kl"].item() == pytest.approx(np.mean(kls), abs=1e-5)
     assert reported["losses/clip_fraction"].item() == pytest.approx(np.mean(clips), abs=1e-5)
     assert policy[0].item() == pytest.approx(-np.mean(gains) - 0.3 * np.mean(entropies), abs=1e-5)
+    assert not any(x.requires_grad for x in reported.values())
     assert reported["losses/value"].item() == value[0].item() == pytest.approx(np.mean(errors), abs=1e-4)
 
 
@@ -494,7 +495,8 @@ def test_the_dead_have_the_mean_value_of_the_living():
 
 def test_weights_start_orthogonal():
     torch.manual_seed(0)
-    agent = mappo.MAPPO(mappo.Team("toy_of_mappo", "{}", 1, "", "mean"), mappo.Args(hidden_dim=16), torch.device("cpu"))
+    args = mappo.Args(env_id="toy_of_mappo", hidden_dim=16)
+    agent = mappo.MAPPO(mappo.Team(args, 1), args, torch.device("cpu"))
     for nets, gain in ((agent.policy.agents, 0.01), (agent.value, 1.0)):
         net = nets.nets[0]
         weights = [(net.encode[4].weight, math.sqrt(2)), (net.head.weight, gain), (net.gru.weight_hh_l0.T, 1.0)]
@@ -548,8 +550,8 @@ def test_value_input_has_the_state_and_what_it_lacks_but_nothing_twice():
 
 @pytest.mark.parametrize("module", ["simple_spread_v3", "simple_speaker_listener_v4", "simple_tag_v3"])
 def test_mpe_states_contain_the_observations(module):
-    team = mappo.Team(f"mpe2.{module}", "{}", 2, "adversary" if "tag" in module else "", "mean")
-    assert mappo.state_has_observations(team)
+    args = mappo.Args(env_id=f"mpe2.{module}", team="adversary" if "tag" in module else "")
+    assert mappo.state_has_observations(mappo.Team(args, 2))
 
 
 def test_continuous_actions_count_the_real_numbers_only_and_reach_the_bounds():
@@ -571,7 +573,7 @@ def test_continuous_actions_count_the_real_numbers_only_and_reach_the_bounds():
 
 def test_greedy_actions_are_the_likeliest_and_remember():
     agent = make_agent(env_kwargs='{"ends": [9]}')
-    team = mappo.Team("toy_of_mappo", '{"ends": [9]}', 2, "", "mean")
+    team = mappo.Team(agent.args, 2)
     team.reset()
     memory, h = None, torch.zeros(2, 2, 8)
     for _ in range(4):
