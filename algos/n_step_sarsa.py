@@ -158,14 +158,17 @@ def train(args: Args) -> dict:
         return evaluate(greedy, make_env(args.env_id, args.env_kwargs, film), args.eval_episodes, max_steps=1_000)
 
     run.start(args.total_timesteps, agent=agent)
-    a = agent.begin(env.reset(seed=args.seed + run.step)[0])  # lines 3, 4
+    env.reset(seed=args.seed + run.step)
+    over = True
     while run.step < args.total_timesteps:  # lines 2, 5
+        if over:
+            a = agent.begin(env.reset()[0])  # lines 3, 4
         s2, r, terminated, truncated, info = env.step(a)  # lines 6, 7
         run.advance()
         a = agent.observe(r, s2, terminated, truncated)  # lines 7-16
-        if terminated or truncated:
+        over = terminated or truncated
+        if over:
             run.log_episode(info["episode"])
-            a = agent.begin(env.reset()[0])
         run.evaluate_and_save(evaluation)
     if args.plot:
         figure(args)
@@ -208,8 +211,9 @@ def figure(args: Args):
     for n in 2 ** np.arange(10):
         alphas = np.linspace(0, 1, 51) ** 1.5
         axes.plot(alphas, walk_errors(args, n, alphas, runs=20), label=f"n = {n}")
-    axes.set(xlabel="α", ylabel="RMS error over the first 10 episodes", xlim=(0, 1), ylim=(0.25, 0.55))
-    axes.set_title("n-step prediction on the 19-state random walk")
+    axes.set(
+        xlabel="α", ylabel="RMS error, first 10 episodes", xlim=(0, 1), ylim=(0.25, 0.55), title="19-state random walk"
+    )
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     plt.savefig(args.plot, dpi=150)
 

@@ -132,19 +132,21 @@ def train(args: Args) -> dict:
         return evaluate(greedy, make_env(args.env_id, args.env_kwargs, film), args.eval_episodes, max_steps=1_000)
 
     run.start(args.total_timesteps, agent=agent)
-    s, _ = env.reset(seed=args.seed + run.step)  # line 3
-    a = agent.act(s)  # line 4
+    env.reset(seed=args.seed + run.step)
+    over = True
     while run.step < args.total_timesteps:  # lines 2, 5
+        if over:
+            s, _ = env.reset()  # line 3
+            a = agent.act(s)  # line 4
         s2, r, terminated, truncated, info = env.step(a)  # line 6
         run.advance()
         a2 = agent.act(s2)  # line 7
         agent.update(s, a, r, s2, a2, terminated)  # line 8
         s, a = s2, a2  # line 9
-        if terminated or truncated:  # line 10
+        over = terminated or truncated  # line 10
+        if over:
             run.log_episode(info["episode"])
             agent.episode += 1
-            s, _ = env.reset()
-            a = agent.act(s)
         run.evaluate_and_save(evaluation)
     if args.plot:
         figure(args)

@@ -151,9 +151,12 @@ def train(args: Args) -> dict:
         return evaluate(greedy, make_env(args.env_id, args.env_kwargs, film), args.eval_episodes, max_steps=1_000)
 
     run.start(args.total_timesteps, agent=agent)
-    x = tiles_of(env.reset(seed=args.seed + run.step)[0])  # line 3
-    a = agent.act(x)
+    env.reset(seed=args.seed + run.step)
+    over = True
     while run.step < args.total_timesteps:  # lines 2, 4
+        if over:
+            x = tiles_of(env.reset()[0])
+            a = agent.act(x)  # line 3
         s2, r, terminated, truncated, info = env.step(a)  # line 5
         run.advance()
         if terminated:
@@ -163,10 +166,9 @@ def train(args: Args) -> dict:
             a2 = agent.act(x2)  # line 7
             agent.update(x, a, r + args.gamma * agent.q(x2)[a2])  # line 8
             x, a = x2, a2  # line 9
-        if terminated or truncated:
+        over = terminated or truncated
+        if over:
             run.log_episode(info["episode"])
-            x = tiles_of(env.reset()[0])
-            a = agent.act(x)
         run.evaluate_and_save(evaluation)
     if args.plot:
         figure(args)
