@@ -276,15 +276,12 @@ def join_processes(device: torch.device, processes: int) -> torch.device:
     return device
 
 
-def average_(*tensors):
-    """Make each tensor its mean over the processes, if there are several; returns the first."""
+def average_(x):
+    """Make a tensor its mean over the processes, if there are several; returns it."""
     if distributed.is_initialized():
-        flat = torch.cat([x.flatten() for x in tensors])
-        distributed.all_reduce(flat)
-        flat /= distributed.get_world_size()
-        for x, mean in zip(tensors, flat.split([x.numel() for x in tensors])):
-            x.copy_(mean.view_as(x))
-    return tensors[0]
+        distributed.all_reduce(x)
+        x /= distributed.get_world_size()
+    return x
 
 
 class CategoricalPolicy(nn.Module):
@@ -399,7 +396,7 @@ class Rollout:
 
     def __init__(self, num_steps: int, envs: gym.vector.VectorEnv, device: torch.device):
         obs_space, action_space, size = envs.single_observation_space, envs.single_action_space, envs.num_envs
-        obs_type = torch.uint8 if obs_space.dtype == np.uint8 else torch.float32
+        obs_type = torch.uint8 if len(obs_space.shape) == 4 else torch.float32
         self.obs = torch.zeros(num_steps + 1, size, *obs_space.shape, dtype=obs_type, device=device)
         action_type = torch.float32 if isinstance(action_space, gym.spaces.Box) else torch.int64
         self.a = torch.zeros(num_steps, size, math.prod(action_space.shape), dtype=action_type, device=device)
@@ -434,8 +431,9 @@ def playable(a, space: gym.Space) -> np.ndarray:
 
 def make_envs(env_id: str, env_kwargs: str, num_envs: int, normalize_obs: bool) -> gym.vector.VectorEnv:
     """Environments that step together, each reset in the very step that ends its episode, with spaces that fit."""
-    env = make_any_env(env_id, env_kwargs, training=True)
-    obs_space, action_space = env.observation_space, env.action_space
+    makers = [lambda: make_any_env(env_id, env_kwargs, training=True)] * num_envs
+    envs = gym.vector.SyncVectorEnv(makers, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+    obs_space, action_space = envs.single_observation_space, envs.single_action_space
     axes = len(obs_space.shape) if isinstance(obs_space, gym.spaces.Box) else 0
     require(axes in (1, 4), f"{env_id} has {obs_space}; vectors and images of bytes fit, q_learning takes Discrete")
     kinds = (gym.spaces.Discrete, gym.spaces.MultiDiscrete, gym.spaces.Box)
@@ -443,8 +441,7 @@ def make_envs(env_id: str, env_kwargs: str, num_envs: int, normalize_obs: bool) 
         isinstance(action_space, kinds), f"{env_id} has {action_space}; Discrete, MultiDiscrete and Box actions fit"
     )
     require(axes == 1 or not normalize_obs, f"normalize_obs is for vectors, {env_id} has images")
-    makers = [lambda: make_any_env(env_id, env_kwargs, training=True)] * num_envs
-    return gym.vector.SyncVectorEnv(makers, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+    return envs
 
 
 def make_env(env_id: str, env_kwargs: str, film: Path | None = None) -> gym.Env:

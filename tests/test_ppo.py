@@ -201,6 +201,14 @@ def test_ppo_rollout_is_what_single_environments_give(tmp_path, monkeypatch):
     assert cut and terminated.any()
 
 
+def test_ppo_takes_vectors_of_bytes_as_numbers():
+    envs = ppo.make_envs("CartPole-v1", "{}", 2, False)
+    envs.single_observation_space = gym.spaces.Box(0, 255, (128,), np.uint8)
+    assert ppo.Rollout(4, envs, CPU).obs.dtype == torch.float32
+    envs.single_observation_space = gym.spaces.Box(0, 255, (4, 1, 84, 84), np.uint8)
+    assert ppo.Rollout(4, envs, CPU).obs.dtype == torch.uint8
+
+
 def test_ppo_environments_that_vectorise_themselves_do_not_have_the_semantics_that_the_rollout_needs():
     assert gym.make_vec("CartPole-v1", num_envs=2).metadata["autoreset_mode"] == gym.vector.AutoresetMode.NEXT_STEP
     with pytest.raises(TypeError):
