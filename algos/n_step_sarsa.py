@@ -211,9 +211,7 @@ def figure(args: Args):
     for n in 2 ** np.arange(10):
         alphas = np.linspace(0, 1, 51) ** 1.5
         axes.plot(alphas, walk_errors(args, n, alphas, runs=20), label=f"n = {n}")
-    axes.set(
-        xlabel="α", ylabel="RMS error, first 10 episodes", xlim=(0, 1), ylim=(0.25, 0.55), title="19-state random walk"
-    )
+    axes.set(xlabel="α", ylabel="RMS error", title="19-state random walk", xlim=(0, 1), ylim=(0.25, 0.55))
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     plt.savefig(args.plot, dpi=150)
 
