@@ -357,4 +357,35 @@ TASKS = [
         1443,
         "[CRL] 1443 ± 46 at 1M",
     ),
+    # --- mappo --------------------------------------------------------------------------------------------------------
+    Task(
+        "mappo__simple_spread",
+        "marl_algos/mappo.py",
+        "--env-id mpe2.simple_spread_v3",
+        -14,
+        "between random -27 and scripted -9.3, per agent, both measured",
+    ),
+    Task(
+        "mappo__simple_speaker_listener",
+        "marl_algos/mappo.py",
+        "--env-id mpe2.simple_speaker_listener_v4 --no-share-parameters --total-timesteps 500000",
+        -15,
+        "between random -43 and scripted -8.3, per agent, both measured",
+    ),
+    Task(
+        "mappo__climbing",
+        "marl_algos/mappo.py",
+        "--env-id envs.matrix_games --total-timesteps 100000 --eval-every 10000 --eval-episodes 1",
+        175,
+        "[exact] 25 rounds of the equilibrium that pays 7; Papoudakis et al. (2021) report 175 too",
+        5,
+        3,
+    ),
+    Task(
+        "mappo__lbf",
+        "marl_algos/mappo.py",
+        "--env-id envs.lbf --reward-mode sum --num-steps 50 --total-timesteps 2000000 --eval-every 100000",
+        0.9,
+        "Papoudakis et al. (2021) report 1.00 after 20M steps; 1 is best",
+    ),
 ]
