@@ -285,11 +285,9 @@ def train(args: Args) -> dict:
     require(min(T, E, L, args.update_epochs) >= 1, "num_envs, num_steps, chunk_length, update_epochs must be positive")
     require(T * E <= args.total_timesteps, "num_envs * num_steps must not exceed total_timesteps")
     require(1 <= args.num_minibatches <= math.ceil(T / L) * E, "num_minibatches must lie in [1, chunks of a rollout]")
-    require(0 <= args.gamma <= 1 and 0 <= args.lam <= 1, "gamma and lam must lie in [0, 1]")
-    require(
-        min(args.learning_rate, args.epsilon, args.hidden_dim) > 0,
-        "learning_rate, epsilon, hidden_dim must be positive",
-    )
+    shares = (args.gamma, args.lam, args.epsilon)
+    require(0 <= min(shares) <= max(shares) <= 1, "gamma, lam and epsilon must lie in [0, 1]")
+    require(min(args.learning_rate, args.hidden_dim) > 0, "learning_rate and hidden_dim must be positive")
     require(args.entropy_coef >= 0, "entropy_coef must not be negative")
     team = Team(args, E, args.capture_video)
     print(team)

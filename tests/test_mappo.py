@@ -625,7 +625,7 @@ def test_value_function_sees_what_the_policies_do_not(tmp_path):
         (dict(num_minibatches=0), "num_minibatches"),
         (dict(num_minibatches=21, chunk_length=5), "num_minibatches"),
         (dict(chunk_length=0), "chunk_length"),
-        (dict(epsilon=0.0), "epsilon"),
+        (dict(epsilon=-0.1), "epsilon"),
         (dict(lam=1.1), "lam"),
         (dict(entropy_coef=-0.1), "entropy_coef"),
         (dict(learning_rate=-1e-3), "learning_rate"),
