@@ -355,9 +355,9 @@ class Team:
         for low, high, space in zip(self.low, self.high, spaces if boxes else []):
             low[: space.shape[0]], high[: space.shape[0]] = space.low, space.high
         spaces = [env.observation_space(agent) for agent in self.agents]
-        self.obs_spaces = [s["observation"] if isinstance(s, gym.spaces.Dict) else s for s in spaces]
+        self.obs_spaces = [s["observation"] if "action_mask" in getattr(s, "spaces", {}) else s for s in spaces]
         self.obs_dim, shapes = max(map(flatdim, self.obs_spaces)), {space.shape for space in self.obs_spaces}
-        self.obs_shape = shapes.pop() if len(shapes) == 1 else (self.obs_dim,)
+        self.obs_shape = (shapes.pop() if len(shapes) == 1 else None) or (self.obs_dim,)
         self.rows, self.heard = (
             [{}] * num_envs,
             [{}] * num_envs,
@@ -405,11 +405,11 @@ class Team:
         """Copy e's rows of the arrays."""
         obs, mask = np.zeros((self.n, self.obs_dim), np.float32), np.zeros((self.n, self.num_actions), bool)
         legal = {agent: info["action_mask"] for agent, info in infos.items() if "action_mask" in info}
-        legal |= {agent: x["action_mask"] for agent, x in seen.items() if isinstance(x, dict) and "action_mask" in x}
+        inside = [agent for agent, x in seen.items() if isinstance(x, dict) and "action_mask" in x]
+        legal |= {agent: seen[agent]["action_mask"] for agent in inside}
         for i, agent in enumerate(self.agents):
             if agent in seen:
-                x = seen[agent]["observation"] if isinstance(seen[agent], dict) else seen[agent]
-                x = flatten(self.obs_spaces[i], x)
+                x = flatten(self.obs_spaces[i], seen[agent]["observation"] if agent in inside else seen[agent])
                 obs[i, : x.size] = x / 255 if x.dtype == np.uint8 else x
                 mask[i, : self.sizes[i]] = legal.get(agent, True)
         self.heard[e] = {agent: np.asarray(legal[agent], np.int8) for agent in legal if agent in self.others}
@@ -471,7 +471,7 @@ class EpisodeReplay:
 
 
 def evaluate_team(act, team: Team, episodes: int, film: Path | None = None) -> list[float]:
-    """The team's undiscounted returns, always from the same seeds; the first episode is filmed; closes the team.
+    """The team's undiscounted returns, always from the same seeds; films the first episode; closes the environments.
 
     `act` maps the team and its own memory (None when episodes begin) to actions and the next memory.
     """

@@ -125,6 +125,21 @@ def test_images_keep_their_shape_beside_the_flat_observations():
     assert np.array_equal(team.state[0], direct.state().ravel())
 
 
+def test_other_observation_spaces_are_flattened(scripted):
+    env = Scripted(masks="")
+    env.observation_spaces["red_0"] = Dict({"a": Box(0, 9, (2,)), "b": Discrete(3)})
+    env.observation_spaces["blue_0"] = Discrete(4)
+    hear = env.hear
+    env.hear = lambda agents: (
+        hear(agents)[0] | {"red_0": {"a": np.array([5.0, 6.0], np.float32), "b": 1}, "blue_0": 2},
+        hear(agents)[1],
+    )
+    sys.modules["scripted"].parallel_env = lambda: env
+    team = make_team("scripted", copies=1)
+    assert team.obs_shape == (5,) and team.obs[0, 0].tolist() == [5, 6, 0, 1, 0]
+    assert team.obs[0, 1].tolist() == [0, 0, 1, 0, 0]
+
+
 def test_state_is_the_environments_or_all_observations(scripted):
     team = make_team("scripted", state=True)
     assert team.state_dim == 2 and team.state.tolist() == [[0, 7], [0, 7]]
