@@ -412,7 +412,7 @@ class Rollout:
         """What the environments answer to a[t]; where an episode ends, obs is already the next one's first."""
         self.obs[t + 1] = torch.as_tensor(obs)
         self.r_ends[:, t] = r, terminated, terminated | truncated
-        for n in np.flatnonzero(truncated & ~terminated):
+        for n in np.flatnonzero(truncated):
             self.cut[t, n] = torch.as_tensor(info["final_obs"][n], dtype=self.obs.dtype, device=self.obs.device)
         episode = info.get("final_info", {}).get("episode", {})
         for n in np.flatnonzero(episode.get("_r", [])):

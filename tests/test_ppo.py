@@ -513,7 +513,18 @@ def test_ppo_evaluation_uses_the_saved_normaliser(tmp_path, monkeypatch):
     np.testing.assert_allclose(asked[-1], mean.detach().clamp(-2, 2), rtol=1e-5)
 
 
+def test_ppo_last_observation_of_a_cut_episode_is_normalised_too():
+    agent = agent_for(normalize_obs=True, gamma=0.9)
+    agent.obs_moments.update(5 + 3 * torch.randn(100, 3))
+    last, zeros, a = torch.tensor([1.0, 7.0, 4.0]), torch.zeros(1, 1), torch.zeros(1, 1, 1, dtype=torch.long)
+    v2 = agent.value(agent.see(last[None])).item()
+    batch, _ = agent.targets(torch.zeros(2, 1, 3), a, zeros, zeros, torch.ones(1, 1), {(0, 0): last})
+    assert batch[4].item() == pytest.approx(0.9 * v2)
+
+
 def test_ppo_extreme_values_are_clipped_after_normalising():
+    scaled = ppo.RewardScale(0.0)(torch.tensor([[0.0]] * 999 + [[5.0]]), torch.zeros(1000, 1))
+    assert scaled[-1].item() == 10
     agent = agent_for(normalize_obs=True)
     assert agent.see(torch.tensor([[-1e3, 0.5, 1e3]])).tolist() == [[-10, 0.5, 10]]
     assert agent_for().see(torch.tensor([[-1e3, 0.5, 1e3]])).tolist() == [[-1e3, 0.5, 1e3]]
