@@ -336,9 +336,12 @@ def test_ppo_resumed_run_meets_new_episodes(tmp_path, monkeypatch):
     monkeypatch.setattr(
         gym.vector.SyncVectorEnv, "reset", lambda self, seed: seeds.append(seed) or original(self, seed=seed)
     )
-    train(tmp_path, seed=5)
-    train(tmp_path, seed=5, resume=str(tmp_path))
+    ends, start = [], ppo.Run.start
+    monkeypatch.setattr(ppo.Run, "start", lambda self, last, **parts: ends.append(last) or start(self, last, **parts))
+    train(tmp_path, seed=5, total_timesteps=60)
+    train(tmp_path, seed=5, total_timesteps=60, resume=str(tmp_path))
     assert seeds == [5, 5 + 64]
+    assert ends == [64, 64]
 
 
 def test_ppo_update_moves_towards_good_actions_and_values():
@@ -487,7 +490,11 @@ def test_ppo_normalises_observations_by_what_came_before_saves_that_and_freezes_
         return result
 
     monkeypatch.setattr(ppo.PPO, "targets", targets)
+    inputs, forward = [], ppo.GaussianPolicy.forward
+    monkeypatch.setattr(ppo.GaussianPolicy, "forward", lambda self, s: inputs.append(s.clone()) or forward(self, s))
     train(tmp_path, env_id="Pendulum-v1", normalize_obs=True, normalize_reward=True, total_timesteps=96)
+    acted_on = torch.cat([s for s in inputs if len(s) == 2])  # two environments; minibatches have 16
+    torch.testing.assert_close(acted_on, torch.cat([s for _, s, _ in seen]))
     past = torch.zeros(0, 3)
     for obs, s, mean in seen:
         now = obs[:-1].flatten(0, 1)
