@@ -403,6 +403,7 @@ TASKS = [
         "qmix__qtran",
         "marl_algos/qmix.py",
         """--env-id envs.matrix_games --env-kwargs '{"game": "qtran"}' --total-timesteps 10000 --epsilon-end 1.0 """
+        "--batch-size 256 --learning-rate 0.001 "
         "--eval-every 1000 --eval-episodes 1",
         0,
         "Son et al. (2019): a monotone mixer ends at 0, though 8 is the optimum",
