@@ -36,6 +36,9 @@ line 20 are meant. A chunk ends with its episode, so no hidden state crosses an 
 gradients clipped, illegal actions have p = 0, the dead and padding weigh nothing. A time limit is not terminal: V of
 the state it left stands for the rest (the authors' code: only on request). While a team that shares its reward plays
 on without a dead agent, the mean value of the living is that agent's.
+
+Result  175 in the climbing game (25 rounds of the equilibrium that pays 7), reached after 40000 steps, seed 1:
+        --env-id envs.matrix_games --total-timesteps 60000
 """
 
 import difflib
@@ -97,8 +100,8 @@ class Args:
     """α, Adam's step size, policy and value function"""
     hidden_dim: int = 64
     """width of all layers"""
-    recurrent: Literal["both", "policy", "none"] = "both"
-    """which of policy and value function remember, by a GRU"""
+    recurrent: Literal["both", "policy", "none"] = "none"
+    """which of policy and value function remember, by a GRU; without, h stays empty and chunks have one step"""
     share_parameters: bool = True
     """one policy and one value function for all agents, or one for each"""
 
@@ -404,9 +407,9 @@ class Team:
         for low, high, space in zip(self.low, self.high, spaces if boxes else []):
             low[: space.shape[0]], high[: space.shape[0]] = space.low, space.high
         spaces = [env.observation_space(agent) for agent in self.agents]
-        self.obs_spaces = [s["observation"] if isinstance(s, gym.spaces.Dict) else s for s in spaces]
+        self.obs_spaces = [s["observation"] if "action_mask" in getattr(s, "spaces", {}) else s for s in spaces]
         self.obs_dim, shapes = max(map(flatdim, self.obs_spaces)), {space.shape for space in self.obs_spaces}
-        self.obs_shape = shapes.pop() if len(shapes) == 1 else (self.obs_dim,)
+        self.obs_shape = (shapes.pop() if len(shapes) == 1 else None) or (self.obs_dim,)
         self.rows, self.heard = (
             [{}] * num_envs,
             [{}] * num_envs,
@@ -454,11 +457,11 @@ class Team:
         """Copy e's rows of the arrays."""
         obs, mask = np.zeros((self.n, self.obs_dim), np.float32), np.zeros((self.n, self.num_actions), bool)
         legal = {agent: info["action_mask"] for agent, info in infos.items() if "action_mask" in info}
-        legal |= {agent: x["action_mask"] for agent, x in seen.items() if isinstance(x, dict) and "action_mask" in x}
+        inside = [agent for agent, x in seen.items() if isinstance(x, dict) and "action_mask" in x]
+        legal |= {agent: seen[agent]["action_mask"] for agent in inside}
         for i, agent in enumerate(self.agents):
             if agent in seen:
-                x = seen[agent]["observation"] if isinstance(seen[agent], dict) else seen[agent]
-                x = flatten(self.obs_spaces[i], x)
+                x = flatten(self.obs_spaces[i], seen[agent]["observation"] if agent in inside else seen[agent])
                 obs[i, : x.size] = x / 255 if x.dtype == np.uint8 else x
                 mask[i, : self.sizes[i]] = legal.get(agent, True)
         self.heard[e] = {agent: np.asarray(legal[agent], np.int8) for agent in legal if agent in self.others}
@@ -595,7 +598,7 @@ def chunks(over: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def evaluate_team(act, team: Team, episodes: int, film: Path | None = None) -> list[float]:
-    """The team's undiscounted returns, always from the same seeds; the first episode is filmed; closes the team.
+    """The team's undiscounted returns, always from the same seeds; films the first episode; closes the environments.
 
     `act` maps the team and its own memory (None when episodes begin) to actions and the next memory.
     """
