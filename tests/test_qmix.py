@@ -55,6 +55,7 @@ def make_batch(lengths=(5, 3, 4, 1), terminal=(1, 0, 1, 0), pad=0, seed=1):
 def one_step(agent, batch):
     """The loss and the parameters after one update."""
     loss = agent.update(**batch)
+    assert not loss.requires_grad, "what is logged must not hold the graph"
     return float(loss), [p.detach().clone() for p in agent.parameters]
 
 
@@ -169,12 +170,12 @@ def test_mixer_is_the_pictures_formula():
     torch.manual_seed(3)
     mixer = qmix.Mixer(2, S, 16, 4)
     q, s = torch.randn(2), torch.randn(S)
-    hidden = [float(x) for x in mixer.b1(s)]
+    hidden = mixer.b1(s).tolist()
     w1, w2 = mixer.w1(s).view(2, 4).abs(), mixer.w2(s).abs()
     for i, j in itertools.product(range(2), range(4)):
-        hidden[j] += float(q[i] * w1[i, j])
+        hidden[j] += float((q[i] * w1[i, j]).detach())
     hidden = [h if h > 0 else np.exp(h) - 1 for h in hidden]
-    expected = sum(h * float(w) for h, w in zip(hidden, w2)) + float(mixer.b2(s))
+    expected = sum(h * w for h, w in zip(hidden, w2.tolist())) + mixer.b2(s).item()
     assert min(hidden) < 0 < max(hidden)
     assert float(mixer(q, s).detach()) == pytest.approx(expected, rel=1e-5)
     biases = torch.cat([mixer.b1(torch.randn(500, S)), mixer.b2(torch.randn(500, S))], dim=1)
