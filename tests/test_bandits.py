@@ -104,6 +104,10 @@ def test_same_seed_same_numbers():
     assert (one[0] == two[0]).all() and (one[0] != other[0]).any()
 
 
+def test_the_only_arm_is_the_optimal_one():
+    assert bandits.play(bandits.Args(arms=1, total_timesteps=5, eval_episodes=3))[1].all()
+
+
 def test_result_is_the_mean_of_the_last_tenth(tmp_path, capsys):
     args = bandits.Args(total_timesteps=55, eval_episodes=7, run_dir=str(tmp_path))
     result = bandits.train(args)
