@@ -192,7 +192,7 @@ def test_greedy_actions_maximise_q_tot_over_all_joint_actions():
         q, s = 2 * torch.randn(N, A), 2 * torch.randn(S)
         q_tot = mixer(q.gather(1, joints.T).T, s.expand(len(joints), S))
         greedy = mixer(q.max(dim=1).values, s)
-        assert float(greedy) >= float(q_tot.max()) - 1e-5
+        assert greedy.item() >= q_tot.max().item() - 1e-5
 
 
 # --- targets ----------------------------------------------------------------------------------------------------------
