@@ -193,7 +193,7 @@ class Recorder(td3.gym.Env):
         return np.full(1, self.time, np.float32), 1.0, end and self.terminates, end and not self.terminates, {}
 
 
-td3.gym.register("Recorder-v0", Recorder)
+td3.gym.register("BoxRecorder-v0", Recorder)
 
 
 def watched_run(tmp_path, monkeypatch, **settings):
@@ -207,7 +207,7 @@ def watched_run(tmp_path, monkeypatch, **settings):
             return original(self, *batch)
 
         monkeypatch.setattr(td3.TD3, name, noted)
-    args = dict(env_id="Recorder-v0", total_timesteps=60, learning_starts=20, batch_size=8, eval_episodes=1)
+    args = dict(env_id="BoxRecorder-v0", total_timesteps=60, learning_starts=20, batch_size=8, eval_episodes=1)
     td3.train(td3.Args(**args | settings, run_dir=str(tmp_path)))
     return calls, torch.load(tmp_path / "checkpoint.pt", weights_only=True)["buffer"]["rows"]
 
@@ -245,7 +245,7 @@ def test_stops_at_a_loss_that_is_not_finite_and_keeps_the_last_good_checkpoint(t
     monkeypatch.setattr(td3.TD3, "update_q", broken)
     settings = dict(total_timesteps=60, learning_starts=20, batch_size=8, checkpoint_every=10, run_dir=str(tmp_path))
     with pytest.raises(SystemExit) as error:
-        td3.train(td3.Args("Recorder-v0", **settings))
+        td3.train(td3.Args("BoxRecorder-v0", **settings))
     line = capsys.readouterr().err
     assert error.value.code == 2 and "losses/q is nan at step 4" in line and line.count("\n") == 1
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 40
