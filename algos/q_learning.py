@@ -23,8 +23,8 @@ Beyond the pseudo-code: equally good actions are chosen between at random, else 
 direction only; a time limit ends an episode without making S' terminal, so line 7 still bootstraps from it.
 The slides call the result q_π; it is q*, whatever policy explores.
 
-Result  CliffWalking-v1 with the defaults: -13, the shortest path, in 5 of 5 seeds; FrozenLake-v1 and Taxi-v4 reach their
-        optima, too: benchmark/RESULTS.md
+Result  CliffWalking-v1 with the defaults: -13, the shortest path, in 5 of 5 seeds; FrozenLake-v1 and Taxi-v4 reach
+        their optima, too: benchmark/RESULTS.md
 """
 
 import json

@@ -30,8 +30,8 @@ Beyond the pseudo-code: the first `learning_starts` actions are uniform; one upd
 the whole run; a time limit ends an episode without making s' terminal, so line 13 still bootstraps from it.
 The notes' text clips the noise of line 4; the picture and the paper clip that of line 12, and so does this script.
 
-Result  HalfCheetah-v4 after 50k steps: 2858 (2566 to 3367, 3 seeds), with --total-timesteps 50000 --learning-starts 10000;
-        InvertedPendulum-v5, Pendulum-v1 and the run towards 1M steps: benchmark/RESULTS.md
+Result  HalfCheetah-v4 after 50k steps: 2858 (2566 to 3367, 3 seeds), by the command above with --total-timesteps 50000
+        --learning-starts 10000; other environments and the run towards 1M steps: benchmark/RESULTS.md
 """
 
 import copy

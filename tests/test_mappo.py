@@ -1,6 +1,7 @@
 """MAPPO: advantages over unequal episodes, PopArt, chunks, masks, deaths, the two losses, and what a rollout holds."""
 
 import copy
+import json
 import math
 import sys
 from types import SimpleNamespace
@@ -296,7 +297,7 @@ class SimpleDict(mappo.TeamRollout):
 @pytest.mark.parametrize("reward_mode", ["mean", "own"])
 @pytest.mark.parametrize("terminal", [True, False])
 def test_rollout_holds_what_happened(tmp_path, terminal, reward_mode):
-    kwargs = '{"ends": [4, 7, 3], "terminal": %s}' % str(terminal).lower()
+    kwargs = json.dumps({"ends": [4, 7, 3], "terminal": terminal})
     settings = dict(env_kwargs=kwargs, reward_mode=reward_mode, run_dir=str(tmp_path))
     seen, _ = rollout_of(ROLLOUT | settings, rounds=2)
     ends, own = [4, 7, 3], reward_mode == "own"

@@ -168,9 +168,7 @@ def test_run_prints_what_it_found_and_returns_the_policys_return(tmp_path, capsy
     result = script.train(args)
     assert result["returns"] == [-3.0, -3.0, -3.0]
     lines = capsys.readouterr().out.strip().split("\n")
-    assert lines[0] == "improvements: 1, value of state 3: -3" and lines[1].startswith(
-        "final: return -3.00"
-    )
+    assert lines[0] == "improvements: 1, value of state 3: -3" and lines[1].startswith("final: return -3.00")
 
 
 @pytest.mark.parametrize(
