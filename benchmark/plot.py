@@ -80,12 +80,11 @@ def outcome(task: Task) -> Outcome:
     last = np.array([curve[-1, 1] for curve in curves])
     finished = [note["state"] == "finished" for note in notes]
     passed = sum(value >= task.threshold - 1e-3 and done for value, done in zip(last, finished))
-    if passed >= task.needed:
-        verdict = f"passed: {passed} of {len(last)}, {task.needed} needed"
-    elif all(finished) and len(last) >= task.seeds:
-        verdict = f"**failed**: {passed} of {len(last)}, {task.needed} needed"
-    else:
+    if not all(finished) or len(last) < task.seeds:
         verdict = f"unfinished at step {min(curve[-1, 0] for curve in curves):.0f}: {len(last)} of {task.seeds} seeds"
+    else:
+        word = "passed" if passed >= task.needed else "**failed**"
+        verdict = f"{word}: {passed} of {len(last)}, {task.needed} needed"
     low, high = interval(last)
     return Outcome(
         result=f"{iqm(last):.2f} [{low:.2f}, {high:.2f}]",
