@@ -30,7 +30,7 @@ S' terminal, so line 8 still bootstraps from it. Evaluation draws its actions fr
 always does the same never arrives. There π takes all cells for the same, but v̂ is told which one it is: else δ would
 always be R. The picture has I on line 9, the book's final edition has not: --no-discount-w.
 
-Result  CartPole-v1: 497.9 ± 10.4 (seed 1, 100 episodes); ShortCorridor-v0: -11.5 to -12.1 (seeds 1-4; best -11.66),
+Result  CartPole-v1: 498, 497, 484 (seeds 1-3, 100 episodes); ShortCorridor-v0: -11.5 to -12.1 (seeds 1-5; best -11.66),
         each by its command above
 """
 
