@@ -264,6 +264,8 @@ def test_minibatches_share_out_the_chunks_with_their_first_hidden_states(count):
             assert b["h_pi"][c].item() == -steps[0]
             seen.append(steps)
     assert sorted(seen) == sorted([[0, 10], [20, 30], [40, 50], [1, 11], [21, 31], [41, 51]])
+    orders = {str([b["o"][0].flatten().tolist() for b in D.minibatches(2, count)]) for _ in range(20)}
+    assert len(orders) > 5, "random minibatches"
 
 
 # --- what a rollout holds: lines 5-11, and ρ = 1 in the first update --------------------------------------------------
