@@ -84,7 +84,7 @@ class Args:
     """T, steps of each copy between updates"""
     chunk_length: int = 25
     """L, steps through which the GRUs are unrolled in an update"""
-    update_epochs: int = 10
+    update_epochs: int = 15
     """epochs of line 15"""
     num_minibatches: int = 1
     """K, mini-batches in an epoch"""
