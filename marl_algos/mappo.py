@@ -410,10 +410,8 @@ class Team:
         self.obs_spaces = [s["observation"] if "action_mask" in getattr(s, "spaces", {}) else s for s in spaces]
         self.obs_dim, shapes = max(map(flatdim, self.obs_spaces)), {space.shape for space in self.obs_spaces}
         self.obs_shape = (shapes.pop() if len(shapes) == 1 else None) or (self.obs_dim,)
-        self.rows, self.heard = (
-            [{}] * num_envs,
-            [{}] * num_envs,
-        )  # of each copy: its rows of the arrays; all legal actions
+        self.rows, self.heard = [{}] * num_envs, [{}] * num_envs  # of each copy: its part; everyone's legal actions
+        self.returns, self.lengths = np.zeros(num_envs), np.zeros(num_envs, int)
         self.seed(0)
         self.reset()
         self.state_dim = self.state.shape[1]
@@ -431,30 +429,33 @@ class Team:
 
     def reset(self, where: np.ndarray | None = None):
         """Begin an episode in the copies where `where` (E,) is True, in all of them if it is None."""
-        for e in range(self.num_envs) if where is None else np.flatnonzero(where):
+        where = np.ones(self.num_envs, bool) if where is None else where
+        for e in np.flatnonzero(where):
             (seen, infos), self.seeds[e] = self.envs[e].reset(seed=self.seeds[e]), None
-            self.rows[e] = self.row(e, seen, {}, {}, {}, infos) | {"returns": 0.0, "lengths": 0}
+            self.rows[e] = self.row(e, seen, {}, {}, {}, infos)
         self.stack()
+        self.returns, self.lengths = np.where(where, 0.0, self.returns), np.where(where, 0, self.lengths)
 
     def step(self, actions: np.ndarray):
         """One step of each copy that is not done: actions (E, n), or (E, n, actions) if they are continuous."""
         actions = actions if self.discrete else np.clip(actions.astype(np.float32), self.low, self.high)
-        for e, (env, row) in enumerate(zip(self.envs, self.rows)):
-            if row["done"]:  # some environments crash when they are stepped after their end
-                row["reward"] = np.zeros_like(row["reward"])
+        acted, self.lengths = self.alive, self.lengths + ~self.done
+        for e, env in enumerate(self.envs):
+            if self.done[e]:  # some environments crash when they are stepped after their end
+                self.rows[e]["reward"] = [0.0] * self.n
                 continue
             chosen = actions[e].tolist() if self.discrete else [a[:size] for a, size in zip(actions[e], self.sizes)]
-            act = {self.agents[i]: chosen[i] for i in np.flatnonzero(row["alive"])}
-            act |= {a: self.others[a].sample(self.heard[e].get(a)) for a in env.agents if a in self.others}
-            new = self.row(e, *env.step(act))
-            if self.reward_mode != "own":
-                new["reward"][:] = new["reward"].sum() / (row["alive"].sum() if self.reward_mode == "mean" else 1)
-            total = {"returns": row["returns"] + new["reward"].mean(), "lengths": row["lengths"] + 1}
-            self.rows[e] = new | total
+            act = {agent: a for agent, a, live in zip(self.agents, chosen, acted[e]) if live}
+            act |= {a: self.others[a].sample(self.heard[e].get(a)) for a in self.others if a in env.agents}
+            self.rows[e] = self.row(e, *env.step(act))
         self.stack()
+        if self.reward_mode != "own":
+            shares = np.maximum(acted.sum(1), 1) if self.reward_mode == "mean" else np.ones(self.num_envs)
+            self.reward = np.tile((self.reward.sum(1) / shares)[:, None], self.n).astype(np.float32)
+        self.returns = self.returns + self.reward.mean(1)
 
     def row(self, e: int, seen: dict, rewards: dict, terminated: dict, truncated: dict, infos: dict) -> dict:
-        """Copy e's rows of the arrays."""
+        """Copy e's part of the arrays."""
         obs, mask = np.zeros((self.n, self.obs_dim), np.float32), np.zeros((self.n, self.num_actions), bool)
         legal = {agent: info["action_mask"] for agent, info in infos.items() if "action_mask" in info}
         inside = [agent for agent, x in seen.items() if isinstance(x, dict) and "action_mask" in x]
@@ -465,22 +466,23 @@ class Team:
                 obs[i, : x.size] = x / 255 if x.dtype == np.uint8 else x
                 mask[i, : self.sizes[i]] = legal.get(agent, True)
         self.heard[e] = {agent: np.asarray(legal[agent], np.int8) for agent in legal if agent in self.others}
-        reward = np.array([rewards.get(agent, 0.0) for agent in self.agents], np.float32)
-        truncated = np.array([truncated.get(agent, False) for agent in self.agents], bool)
-        terminated = np.array([terminated.get(agent, False) for agent in self.agents], bool) & ~truncated
-        live = self.envs[e].agents
-        alive = np.array([agent in live for agent in self.agents]) & ~terminated & ~truncated
         try:
             state, self.state_from = np.asarray(self.envs[e].state()), "state"
         except (AttributeError, NotImplementedError):
             state, self.state_from = obs, "state of all observations"
-        state = state.ravel().astype(np.float32) / (255 if state.dtype == np.uint8 else 1)
-        row = {"obs": obs, "state": state, "mask": mask, "alive": alive, "reward": reward}
-        return row | {"terminated": terminated, "truncated": truncated, "done": not alive.any()}
+        state = state.ravel() / 255 if state.dtype == np.uint8 else state.ravel()
+        live, told = self.envs[e].agents, {"reward": rewards, "terminated": terminated, "truncated": truncated}
+        row = {name: [values.get(agent, 0) for agent in self.agents] for name, values in told.items()}
+        return row | {"obs": obs, "state": state, "mask": mask, "alive": [agent in live for agent in self.agents]}
 
     def stack(self):
+        """The copies' rows as arrays."""
         for name in self.rows[0]:
-            setattr(self, name, np.array([row[name] for row in self.rows]))
+            kind = np.float32 if name in ("obs", "state", "reward") else bool
+            setattr(self, name, np.array([row[name] for row in self.rows], kind))
+        self.terminated &= ~self.truncated
+        self.alive &= ~self.terminated & ~self.truncated
+        self.done = ~self.alive.any(1)
 
 
 def orthogonal(layer: nn.Module, gain: float = 1.0) -> nn.Module:
