@@ -213,7 +213,7 @@ def make_env(env_id: str, env_kwargs: str, film: Path | None = None) -> gym.Env:
         env = gym.make(env_id, render_mode="rgb_array" if film else None, **json.loads(env_kwargs))
         if film:
             env = gym.wrappers.RecordVideo(env, str(film), episode_trigger=lambda episode: episode == 0)
-    except (gym.error.Error, ImportError, TypeError, ValueError) as error:
+    except (gym.error.Error, ImportError, RuntimeError, TypeError, ValueError) as error:
         require(False, f"cannot make {env_id}: {error}")
     return gym.wrappers.RecordEpisodeStatistics(env)
 

@@ -122,19 +122,20 @@ class DQN:
         self.args, self.num_actions, self.device = args, num_actions, device
         self.q = q_network(obs_shape, num_actions, args.hidden_sizes).to(device)  # line 2
         self.q_targ = copy.deepcopy(self.q).requires_grad_(False) if args.target_network else self.q
-        self.optimizer = torch.optim.Adam(self.q.parameters(), lr=args.learning_rate, fused=True)
+        self.theta = as_one_parameter(list(self.q.parameters()))
+        self.optimizer = torch.optim.Adam([self.theta], lr=args.learning_rate, fused=True)
 
     def epsilon(self, step: int) -> float:
         """From 1 to epsilon_end, linearly, over the first exploration_fraction of the run; then constant."""
         progress = step / (self.args.exploration_fraction * self.args.total_timesteps)
         return max(1 + progress * (self.args.epsilon_end - 1), self.args.epsilon_end)
 
-    @torch.inference_mode()
     def act(self, s: np.ndarray, epsilon: float = 0.0) -> int:
         if epsilon and random.random() < epsilon:  # an evaluation must not move the stream of training's coins
             return random.randrange(self.num_actions)  # line 6
-        s = torch.as_tensor(s, dtype=torch.float32, device=self.device)
-        return int(self.q(s.unsqueeze(0)).argmax())  # line 7
+        with torch.inference_mode():
+            s = torch.as_tensor(s, dtype=torch.float32, device=self.device)
+            return int(self.q(s.unsqueeze(0)).argmax())  # line 7
 
     def target(self, r, s2, d):
         """y (batch,), the value that Q learns."""
@@ -146,7 +147,7 @@ class DQN:
             y = self.target(r, s2, d)
         q = self.q(s)
         loss = (y - q.gather(1, a).squeeze(1)).square().mean()  # line 13
-        self.optimizer.zero_grad()
+        self.theta.grad.zero_()
         loss.backward()
         self.optimizer.step()
         return loss.detach(), q.detach().amax(dim=1).mean()
@@ -164,19 +165,15 @@ def train(args: Args) -> dict:
     require(1 <= args.batch_size <= args.buffer_size, "batch_size must lie in [1, buffer_size]")
     require(0 <= args.gamma <= 1 and 0 <= args.epsilon_end <= 1, "gamma and epsilon_end must lie in [0, 1]")
     require(0 < args.exploration_fraction <= 1, "exploration_fraction must lie in (0, 1]")
+    require(args.learning_rate > 0 and 0 <= args.seed < 2**32, "learning_rate must be positive, seed in [0, 2**32)")
     positive = (args.train_every, args.gradient_steps, args.target_every, *args.hidden_sizes)
     require(min(positive) >= 1, "train_every, gradient_steps, target_every and hidden_sizes must be positive")
-    require(args.learning_rate > 0, "learning_rate must be positive")
     env = make_any_env(args.env_id, args.env_kwargs, training=True)
     obs_space, action_space = env.observation_space, env.action_space
-    require(
-        isinstance(action_space, gym.spaces.Discrete) and action_space.start == 0,
-        f"dqn needs Discrete actions from 0 on, {args.env_id} has {action_space}; td3, sac, ppo take continuous ones",
-    )
-    require(
-        isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) in (1, 4),
-        f"dqn needs vectors or images of bytes, {args.env_id} has {obs_space}; q_learning takes Discrete ones",
-    )
+    fits = isinstance(action_space, gym.spaces.Discrete) and action_space.start == 0
+    require(fits, f"dqn needs Discrete actions from 0 on, {args.env_id} has {action_space}; td3 and ppo take others")
+    fits = isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) in (1, 4)
+    require(fits, f"dqn needs vectors or images of bytes, {args.env_id} has {obs_space}; q_learning takes Discrete")
     device = set_up_torch(args.seed, args.device, args.num_threads)
     agent = DQN(obs_space.shape, action_space.n, args, device)
     buffer = FrameReplay(args.buffer_size, obs_space, device)  # line 1
@@ -210,7 +207,6 @@ def train(args: Args) -> dict:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Plumbing: the same, to the letter, in every script that has it
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def require(condition: bool, message: str):
@@ -236,6 +232,16 @@ def mlp(*widths: int) -> nn.Sequential:
     """Linear layers of these widths with ReLU between them."""
     layers = [layer for i, o in zip(widths, widths[1:]) for layer in (nn.Linear(i, o), nn.ReLU(inplace=True))]
     return nn.Sequential(*layers[:-1])
+
+
+def as_one_parameter(parameters: list) -> nn.Parameter:
+    """The parameters and their gradients become views of this one: one norm, one step, one message for all."""
+    one = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
+    one.grad = torch.zeros_like(one)
+    nn.utils.vector_to_parameters(one, parameters)
+    for parameter, gradient in zip(parameters, one.grad.split([p.numel() for p in parameters])):
+        parameter.grad = gradient.view_as(parameter)
+    return one
 
 
 class ImageFeatures(nn.Module):
@@ -299,10 +305,8 @@ class FrameReplay:
         slots = torch.randint(self.size, (batch_size,)).numpy()
         while not self.complete[slots].all():
             slots = np.where(self.complete[slots], slots, torch.randint(self.size, (batch_size,)).numpy())
-        window = slots[:, None] + np.arange(1 - self.stack, 2)
-        frames = torch.from_numpy(self.frames.take(window, axis=0, mode="wrap")).to(
-            self.device
-        )  # (batch, stack + 1, …)
+        window = slots[:, None] + np.arange(1 - self.stack, 2)  # of frames: (batch, stack + 1)
+        frames = torch.from_numpy(self.frames.take(window, axis=0, mode="wrap")).to(self.device)
         s, s2 = (x.reshape(batch_size, *self.obs_shape) for x in (frames[:, :-1], frames[:, 1:]))
         a, r, d = torch.from_numpy(self.a_r_d[slots]).to(self.device).unbind(1)
         return s, a.long().unsqueeze(1), r, s2, d
@@ -335,7 +339,7 @@ def make_env(env_id: str, env_kwargs: str, film: Path | None = None) -> gym.Env:
         env = gym.make(env_id, render_mode="rgb_array" if film else None, **json.loads(env_kwargs))
         if film:
             env = gym.wrappers.RecordVideo(env, str(film), episode_trigger=lambda episode: episode == 0)
-    except (gym.error.Error, ImportError, TypeError, ValueError) as error:
+    except (gym.error.Error, ImportError, RuntimeError, TypeError, ValueError) as error:
         require(False, f"cannot make {env_id}: {error}")
     return gym.wrappers.RecordEpisodeStatistics(env)
 
@@ -371,6 +375,8 @@ def make_any_env(env_id: str, env_kwargs: str, film: Path | None = None, trainin
     """make_env; images become bytes (stack, channels, height, width), Atari's as Mnih et al. (2015) prepare them."""
     atari, minatar = env_id.startswith("ALE/") or "NoFrameskip" in env_id, env_id.startswith("MinAtar/")
     if atari:
+        fixed = "frameskip" in env_kwargs or "continuous" in env_kwargs
+        require(not fixed, "Atari games are prepared as in 2015: leave out frameskip and continuous")
         optional("cv2", "opencv-python-headless")
         gym.register_envs(optional("ale_py", "ale-py"))
         if env_id in gym.registry:

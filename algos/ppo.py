@@ -106,6 +106,32 @@ class Args:
     """film the first episode of the last evaluation"""
 
 
+class CategoricalPolicy(nn.Module):
+    """π_θ for Discrete and MultiDiscrete: observations -> choices (batch, components), a softmax each."""
+
+    def __init__(self, obs_shape: tuple, space: gym.Space):
+        super().__init__()
+        choices = torch.as_tensor(getattr(space, "nvec", getattr(space, "n", 0))).reshape(-1, 1)
+        self.register_buffer("absent", torch.arange(int(choices.max())) >= choices)  # of components with fewer choices
+        self.net = network(obs_shape, self.absent.numel(), gain=0.01)
+
+    def forward(self, s):
+        logits = self.net(s).view(-1, *self.absent.shape).masked_fill(self.absent, -1e9)
+        return Independent(Categorical(logits=logits, validate_args=False), 1, validate_args=False)
+
+
+class GaussianPolicy(nn.Module):
+    """π_θ for Box: observations -> actions (batch, action_dim), a normal with one deviation for all s."""
+
+    def __init__(self, obs_shape: tuple, space: gym.Space):
+        super().__init__()
+        self.net = network(obs_shape, math.prod(space.shape), gain=0.01)
+        self.log_std = nn.Parameter(torch.zeros(math.prod(space.shape)))
+
+    def forward(self, s):
+        return Independent(Normal(self.net(s), self.log_std.exp(), validate_args=False), 1, validate_args=False)
+
+
 def gae(r, v, v2, terminated, done, gamma: float, lam: float):
     """Â (T, N) of rewards, values of s and s' and ends of episodes (T, N); done: terminated, or cut by a time limit."""
     delta = r + gamma * (1 - terminated) * v2 - v
@@ -230,7 +256,6 @@ def train(args: Args) -> dict:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Plumbing: the same, to the letter, in every script that has it
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def require(condition: bool, message: str):
@@ -264,6 +289,7 @@ def check_settings(args, processes: int):
     require(0 < args.epsilon < 1, "epsilon must lie in (0, 1)")
     require(min(args.learning_rate, args.max_grad_norm) > 0, "learning_rate and max_grad_norm must be positive")
     require(min(args.value_coef, args.entropy_coef) >= 0, "value_coef and entropy_coef must not be negative")
+    require(0 <= args.seed < 2**32, "seed must lie in [0, 2**32)")
 
 
 def join_processes(device: torch.device, processes: int) -> torch.device:
@@ -282,32 +308,6 @@ def average_(x):
         distributed.all_reduce(x)
         x /= distributed.get_world_size()
     return x
-
-
-class CategoricalPolicy(nn.Module):
-    """π_θ for Discrete and MultiDiscrete: observations -> choices (batch, components), a softmax each."""
-
-    def __init__(self, obs_shape: tuple, space: gym.Space):
-        super().__init__()
-        choices = torch.as_tensor(getattr(space, "nvec", getattr(space, "n", 0))).reshape(-1, 1)
-        self.register_buffer("absent", torch.arange(int(choices.max())) >= choices)  # of components with fewer choices
-        self.net = network(obs_shape, self.absent.numel(), gain=0.01)
-
-    def forward(self, s):
-        logits = self.net(s).view(-1, *self.absent.shape).masked_fill(self.absent, -1e9)
-        return Independent(Categorical(logits=logits, validate_args=False), 1, validate_args=False)
-
-
-class GaussianPolicy(nn.Module):
-    """π_θ for Box: observations -> actions (batch, action_dim), a normal with one deviation for all s."""
-
-    def __init__(self, obs_shape: tuple, space: gym.Space):
-        super().__init__()
-        self.net = network(obs_shape, math.prod(space.shape), gain=0.01)
-        self.log_std = nn.Parameter(torch.zeros(math.prod(space.shape)))
-
-    def forward(self, s):
-        return Independent(Normal(self.net(s), self.log_std.exp(), validate_args=False), 1, validate_args=False)
 
 
 class ImageFeatures(nn.Module):
@@ -453,7 +453,7 @@ def make_env(env_id: str, env_kwargs: str, film: Path | None = None) -> gym.Env:
         env = gym.make(env_id, render_mode="rgb_array" if film else None, **json.loads(env_kwargs))
         if film:
             env = gym.wrappers.RecordVideo(env, str(film), episode_trigger=lambda episode: episode == 0)
-    except (gym.error.Error, ImportError, TypeError, ValueError) as error:
+    except (gym.error.Error, ImportError, RuntimeError, TypeError, ValueError) as error:
         require(False, f"cannot make {env_id}: {error}")
     return gym.wrappers.RecordEpisodeStatistics(env)
 
@@ -489,6 +489,8 @@ def make_any_env(env_id: str, env_kwargs: str, film: Path | None = None, trainin
     """make_env; images become bytes (stack, channels, height, width), Atari's as Mnih et al. (2015) prepare them."""
     atari, minatar = env_id.startswith("ALE/") or "NoFrameskip" in env_id, env_id.startswith("MinAtar/")
     if atari:
+        fixed = "frameskip" in env_kwargs or "continuous" in env_kwargs
+        require(not fixed, "Atari games are prepared as in 2015: leave out frameskip and continuous")
         optional("cv2", "opencv-python-headless")
         gym.register_envs(optional("ale_py", "ale-py"))
         if env_id in gym.registry:

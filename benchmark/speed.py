@@ -39,9 +39,27 @@ class Comparison:
     """CleanRL's script and its command line"""
     sb3: tuple[str, str, dict] | None = None
     """class, environment and settings in Stable-Baselines3"""
+    sb3_num_envs: int = 1
+    """environments in its DummyVecEnv"""
+    sb3_normalize: bool = False
+    """let its VecNormalize normalise observations and rewards"""
 
 
 HALF_CHEETAH = dict(learning_rate=3e-4, batch_size=256, learning_starts=1_000, policy_kwargs={"net_arch": [256, 256]})
+DQN = dict(learning_rate=2.5e-4, batch_size=128, buffer_size=10_000, learning_starts=1_000, exploration_fraction=0.5)
+PPO = dict(num_steps=128, gamma=0.99, lam=0.95, learning_rate=2.5e-4)
+HALF_CHEETAH_PPO = dict(
+    env_id="HalfCheetah-v4",
+    num_steps=256,
+    num_minibatches=32,
+    update_epochs=10,
+    gamma=0.99,
+    lam=0.95,
+    entropy_coef=0.0,
+    learning_rate=3e-4,
+    normalize_obs=True,
+    normalize_reward=True,
+)
 COMPARISONS = {
     "td3 HalfCheetah-v4": Comparison(
         "algos/td3.py",
@@ -55,6 +73,34 @@ COMPARISONS = {
         4_000,
         dict(env_id="HalfCheetah-v4", learning_starts=1_000),
         sb3=("TD3", "HalfCheetah-v4", HALF_CHEETAH | {"policy_kwargs": None}),
+    ),
+    "dqn CartPole-v1": Comparison(
+        "algos/dqn.py",
+        50_000,
+        DQN | dict(hidden_sizes=[120, 84], train_every=10, gradient_steps=1, target_every=500, epsilon_end=0.05),
+        ("dqn.py", "--learning-starts 1000"),
+        (
+            "DQN",
+            "CartPole-v1",
+            DQN | dict(policy_kwargs={"net_arch": [120, 84]}, train_freq=10, target_update_interval=500),
+        ),
+    ),
+    "ppo CartPole-v1": Comparison(
+        "algos/ppo.py",
+        51_200,
+        PPO | dict(num_envs=4),
+        ("ppo.py", ""),
+        ("PPO", "CartPole-v1", dict(n_steps=128, batch_size=128, n_epochs=4, learning_rate=2.5e-4, ent_coef=0.01)),
+        sb3_num_envs=4,
+    ),
+    "ppo CartPole-v1, 16 environments": Comparison("algos/ppo.py", 204_800, PPO | dict(num_envs=16)),
+    "ppo HalfCheetah-v4": Comparison(
+        "algos/ppo.py",
+        20_480,
+        HALF_CHEETAH_PPO,
+        sb3=("PPO", "HalfCheetah-v4", dict(n_steps=256, batch_size=64, n_epochs=10)),
+        sb3_num_envs=8,
+        sb3_normalize=True,
     ),
     "q_learning CliffWalking-v1": Comparison("algos/q_learning.py", 50_000, {}),
 }
@@ -114,10 +160,14 @@ def measure_sb3(comparison: Comparison) -> float:
     """CPU seconds of Stable-Baselines3's `learn`."""
     import stable_baselines3
     import torch
+    from stable_baselines3.common.env_util import make_vec_env
+    from stable_baselines3.common.vec_env import VecNormalize
 
     torch.set_num_threads(1)
     name, env_id, settings = comparison.sb3
-    model = getattr(stable_baselines3, name)("MlpPolicy", env_id, device="cpu", seed=1, **settings)
+    env = make_vec_env(env_id, comparison.sb3_num_envs)
+    env = VecNormalize(env) if comparison.sb3_normalize else env
+    model = getattr(stable_baselines3, name)("MlpPolicy", env, device="cpu", seed=1, **settings)
     start = time.process_time()
     model.learn(comparison.steps)
     return time.process_time() - start
@@ -164,6 +214,8 @@ def main(args: Args):
             "SB3": lambda c: measure_sb3(c),
         }
         with contextlib.redirect_stdout(io.StringIO()):
+            with contextlib.suppress(ImportError):
+                importlib.import_module("torch._dynamo")  # which the first step of an optimiser imports: two seconds
             seconds = functions[args.measure](COMPARISONS[chosen[0]])
         print(seconds)
         return

@@ -134,6 +134,33 @@ def test_networks_for_images():
     assert torch.allclose(minatar(images.float()), values, atol=1e-5), "the same when acting and when learning"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("target_network", [True, False])
+def test_the_compiled_update_is_the_update(target_network):
+    one, compiled = (make_agent(target_network=target_network) for _ in range(2))
+    update = torch.compile(compiled.update, mode="reduce-overhead")
+    for _ in range(2):
+        torch.testing.assert_close(update(*make_batch()), one.update(*make_batch()))
+        for parameter, other in zip(one.q.parameters(), compiled.q.parameters()):
+            torch.testing.assert_close(parameter, other)
+        one.update_target(), compiled.update_target()
+
+
+def test_compile_compiles_the_update_that_the_loop_calls(tmp_path, monkeypatch):
+    compiled, calls = [], []
+
+    def compile(function, **options):
+        compiled.append((function.__name__, options))
+        return lambda *batch: calls.append(len(batch)) or function(*batch)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    settings = dict(total_timesteps=20, learning_starts=8, train_every=4, gradient_steps=2, batch_size=4, eval_every=0)
+    dqn.train(dqn.Args(run_dir=str(tmp_path / "eager"), eval_episodes=1, device="cpu", **settings))
+    assert not compiled
+    dqn.train(dqn.Args(run_dir=str(tmp_path), eval_episodes=1, device="cpu", compile=True, **settings))
+    assert compiled == [("update", {"mode": "reduce-overhead"})] and calls == [5] * 6
+
+
 # --- the replay -------------------------------------------------------------------------------------------------------
 
 
@@ -466,6 +493,14 @@ def test_vectors_stay_as_they_are():
         (dict(env_id="FrozenLake-v1"), "q_learning"),
         (dict(env_id="MinAtar/Brakeout-v1"), "cannot make MinAtar/Brakeout-v1"),
         (dict(env_id="ALE/Brakeout-v5"), "cannot make ALE/Brakeout-v5"),
+        (dict(env_id="BrakeoutNoFrameskip-v4"), "cannot make BrakeoutNoFrameskip-v4"),
+        (dict(env_id="ALE/Pong-v5", env_kwargs='{"frameskip": 4}'), "leave out frameskip"),
+        (dict(env_id="PongNoFrameskip-v4", env_kwargs='{"frameskip": 1}'), "leave out frameskip"),
+        (dict(env_id="ALE/Pong-v5", env_kwargs='{"continuous": true}'), "leave out frameskip and continuous"),
+        (dict(env_id="ALE/Pong-v5", env_kwargs='{"mode": 99}'), "cannot make ALE/Pong-v5: Invalid game mode"),
+        (dict(env_id="ALE/Pong-v5", env_kwargs="[1]"), "cannot make ALE/Pong-v5"),
+        (dict(env_kwargs="[1]"), "cannot make CartPole-v1"),
+        (dict(env_kwargs='{"render_mode": "human"}'), "cannot make CartPole-v1"),
         (dict(learning_starts=50_000), "learning_starts"),
         (dict(batch_size=0), "batch_size"),
         (dict(batch_size=101, buffer_size=100), "batch_size"),
@@ -480,6 +515,8 @@ def test_vectors_stay_as_they_are():
         (dict(target_every=0), "target_every"),
         (dict(hidden_sizes=[64, 0]), "hidden_sizes"),
         (dict(learning_rate=0.0), "learning_rate"),
+        (dict(seed=-1), "seed in [0, 2**32)"),
+        (dict(seed=2**32), "seed in [0, 2**32)"),
     ],
 )
 def test_bad_input_ends_with_one_line(settings, words, tmp_path, capsys):

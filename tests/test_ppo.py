@@ -598,6 +598,20 @@ def test_ppo_compiled_update_is_the_update():
         torch.testing.assert_close(compiled.theta_phi, one.theta_phi)
 
 
+def test_ppo_compile_compiles_the_loss_that_the_update_calls(tmp_path, monkeypatch):
+    compiled, calls = [], []
+
+    def compile(function, **options):
+        compiled.append((function.__name__, options))
+        return lambda *batch: calls.append(len(batch)) or function(*batch)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    train(tmp_path / "eager")
+    assert not compiled
+    train(tmp_path, compile=True)
+    assert compiled == [("loss", {"mode": "reduce-overhead"})] and calls == [5] * 16
+
+
 @pytest.mark.parametrize(
     "settings, words",
     [
@@ -612,10 +626,24 @@ def test_ppo_compiled_update_is_the_update():
         (dict(max_grad_norm=0.0), "must be positive"),
         (dict(value_coef=-1.0), "must not be negative"),
         (dict(entropy_coef=-1.0), "must not be negative"),
+        (dict(seed=-1), "seed must lie in [0, 2**32)"),
+        (dict(seed=2**32), "seed must lie in [0, 2**32)"),
+        (dict(learning_rate=0.0), "must be positive"),
+        (dict(gamma=1.1), "gamma"),
+        (dict(env_kwargs="[1]"), "cannot make CartPole-v1"),
+        (dict(env_kwargs='{"render_mode": "human"}'), "cannot make CartPole-v1"),
+        (dict(env_id="MinAtar/Brakeout-v1"), "cannot make MinAtar/Brakeout-v1"),
+        (dict(env_id="ALE/Brakeout-v5"), "cannot make ALE/Brakeout-v5"),
+        (dict(env_id="ALE/Pong-v5", env_kwargs='{"frameskip": 4}'), "leave out frameskip"),
+        (dict(env_id="ALE/Pong-v5", env_kwargs='{"continuous": true}'), "leave out frameskip and continuous"),
+        (dict(env_id="ALE/Pong-v5", env_kwargs='{"mode": 99}'), "cannot make ALE/Pong-v5: Invalid game mode"),
+        (dict(env_id="ALE/Pong-v5", normalize_obs=True), "normalize_obs is for vectors"),
     ],
 )
 def test_ppo_refuses(settings, words, capsys):
-    assert words in refused(capsys, **settings)
+    said = refused(capsys, **settings).strip().splitlines()
+    said = [line for line in said if not line.startswith(("A.L.E:", "[Powered by"))]  # the emulator's greeting
+    assert len(said) == 1 and said[0].startswith("error: ") and words in said[0]
 
 
 def test_ppo_refuses_actions_that_are_neither_choices_nor_numbers(capsys, monkeypatch):
