@@ -27,8 +27,8 @@ Run     python marl_algos/qmix.py --env-id mpe2.simple_spread_v3
 
 The notes have no pseudo-code: these are the pictures' networks in the loop of the authors' code (pymarl), which adds
 double Q-learning (line 13) and clips gradients to norm 10. λ > 0 is the later pymarl2's; λ = 0 is the paper's target.
-Several environments play at once, and one update follows for each episode. The team's reward is the mean or the sum of
-the agents' rewards. A dead agent enters the mixer as 0. A time limit is not terminal: line 14 still bootstraps.
+Several environments play at once, and `updates` follow for each of their episodes. The team's reward is the mean or the
+sum of its agents'. A dead agent enters the mixer as 0. A time limit is not terminal: line 14 still bootstraps.
 
 Result  the two-step game: 8.00, with the paper's tables to the second digit (6.93 6.93 7.92 7.92, then 7, or 0 1 1 8):
         --env-id envs.matrix_games --env-kwargs '{"game": "two_step"}' --total-timesteps 10000 --epsilon-end 1.0
@@ -72,7 +72,9 @@ class Args:
     total_timesteps: int = 500_000
     """environment steps, of all copies together; in one step all agents act"""
     num_envs: int = 8
-    """copies of the environment that play at once; each episode is followed by one update"""
+    """copies of the environment that play at once"""
+    updates: int = 1
+    """updates for each episode"""
     gamma: float = 0.99
     """γ, discount"""
     td_lambda: float = 0.0
@@ -170,9 +172,8 @@ class QMIX:
 
     def inputs(self, obs, last_action):
         """[o_i, last action of i, i] (..., n, input_dim): obs (..., n, obs_dim), last_action (..., n), -1 for none."""
-        last = self.one_hot[last_action]
         identity = self.identity.expand(*obs.shape[:-1], self.n)
-        return torch.cat([obs, last, identity], dim=-1)
+        return torch.cat([obs, self.one_hot[last_action], identity], dim=-1)
 
     @torch.inference_mode()
     def act(self, team, memory=None, epsilon: float = 0.0):
@@ -226,8 +227,7 @@ def lambda_return(reward, terminal, value_next, real, gamma: float, lam: float):
     last = real - F.pad(real[:, 1:], (0, 1))
     adds = reward + gamma * (1 - terminal) * value_next * torch.where(last > 0, 1.0, 1 - lam)  # line 14
     steps = torch.arange(real.shape[1], device=real.device)
-    ahead = steps[:, None] - steps  # k - t
-    return (adds * real) @ ((gamma * lam) ** ahead.clamp(min=0)).tril()
+    return (adds * real) @ ((gamma * lam) ** (steps[:, None] - steps)).tril()  # k - t, where it is not negative
 
 
 def play(team, agent: QMIX, epsilon: float) -> dict[str, np.ndarray]:
@@ -255,8 +255,8 @@ def train(args: Args) -> dict:
     require(args.num_envs <= min(args.buffer_size, args.target_every), "num_envs is above buffer_size or target_every")
     shares = (args.gamma, args.td_lambda, args.epsilon_start, args.epsilon_end)
     require(0 <= min(shares) <= max(shares) <= 1, "gamma, td_lambda and the epsilons must lie in [0, 1]")
-    positive = (args.learning_rate, args.epsilon_steps, args.hidden_dim, args.mixing_dim)
-    require(min(positive) > 0, "learning_rate, epsilon_steps, hidden_dim and mixing_dim must be positive")
+    positive = (args.learning_rate, args.epsilon_steps, args.hidden_dim, args.mixing_dim, args.updates)
+    require(min(positive) > 0, "learning_rate, epsilon_steps, hidden_dim, mixing_dim and updates must be positive")
     team = Team(args, args.num_envs, args.capture_video)
     require(team.discrete, f"qmix needs discrete actions, {args.env_id} has continuous ones: mappo, maddpg take them")
     print(team)
@@ -279,7 +279,7 @@ def train(args: Args) -> dict:
         for r, length in zip(team.returns, team.lengths):
             run.log_episode({"r": r, "l": length})
         if replay.added >= args.batch_size:
-            for _ in range(args.num_envs):
+            for _ in range(args.num_envs * args.updates):
                 run.log({"losses/q_tot": update(**replay.sample(args.batch_size))})  # lines 9-15
         if replay.added % args.target_every < args.num_envs:
             agent.update_targets()

@@ -376,7 +376,7 @@ def test_replay_survives_a_checkpoint():
 # --- the loop ---------------------------------------------------------------------------------------------------------
 
 
-def test_loop_decays_epsilon_updates_once_an_episode_and_copies_targets_in_time(tmp_path, monkeypatch):
+def test_loop_decays_epsilon_updates_twice_an_episode_and_copies_targets_in_time(tmp_path, monkeypatch):
     epsilons, calls = [], []
     play, update, copy_targets = qmix.play, qmix.QMIX.update, qmix.QMIX.update_targets
 
@@ -388,7 +388,9 @@ def test_loop_decays_epsilon_updates_once_an_episode_and_copies_targets_in_time(
     monkeypatch.setattr(qmix, "play", spy)
     monkeypatch.setattr(qmix.QMIX, "update", lambda agent, **batch: calls.append("update") or update(agent, **batch))
     monkeypatch.setattr(qmix.QMIX, "update_targets", lambda agent: calls.append("targets") or copy_targets(agent))
-    settings = dict(num_envs=4, batch_size=8, target_every=20, epsilon_start=0.9, epsilon_end=0.1, epsilon_steps=100)
+    settings = dict(
+        num_envs=4, updates=2, batch_size=8, target_every=20, epsilon_start=0.9, epsilon_end=0.1, epsilon_steps=100
+    )
     game = dict(env_id="envs.matrix_games", env_kwargs='{"game": "two_step"}', total_timesteps=200)
     result = qmix.train(
         qmix.Args(**game, **settings, eval_every=0, eval_episodes=1, device="cpu", run_dir=str(tmp_path))
@@ -397,7 +399,7 @@ def test_loop_decays_epsilon_updates_once_an_episode_and_copies_targets_in_time(
     assert epsilons == pytest.approx([0.9 - 0.8 * min(1, 8 * k / 100) for k in range(25)]), "8 steps between plays"
     expected = ["play"]  # 4 episodes are too few for a batch of 8
     for episodes in range(8, 101, 4):
-        expected += ["play"] + ["update"] * 4 + ["targets"] * (episodes % 20 == 0)
+        expected += ["play"] + ["update"] * 8 + ["targets"] * (episodes % 20 == 0)
     assert calls == expected
 
 
@@ -437,6 +439,7 @@ BAD = {
     "epsilon": ("--epsilon-start 1.5", "epsilon"),
     "lambda": ("--td-lambda 1.5", "td_lambda"),
     "rate": ("--learning-rate -1", "learning_rate"),
+    "updates": ("--updates 0", "updates"),
     "team": ("--team nobody", "agent_0"),
     "name": ("--env-id mpe2.simple_spred_v3", "simple_spread_v3"),
 }
