@@ -242,8 +242,9 @@ def train(args: Args) -> dict:
         agent.optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - k / iterations if args.anneal else 1)
         parts = []
         for _ in range(args.update_epochs):
-            for index in torch.randperm(len(batch[0]), device=device).chunk(args.num_minibatches):
-                parts.append(agent.update(*(x[index] for x in batch)))  # lines 6, 7
+            order = torch.randperm(len(batch[0]), device=device)
+            for minibatch in zip(*(x[order].chunk(args.num_minibatches) for x in batch)):
+                parts.append(agent.update(*minibatch))  # lines 6, 7
         run.advance(batch_size)
         names = ("policy", "value", "entropy", "kl", "kl_simple", "clip_fraction", "explained_variance")
         scalars = average_(torch.cat([torch.stack(parts).mean(dim=0), agent.change(*batch[:3]), explained[None]]))
@@ -436,10 +437,8 @@ def make_envs(env_id: str, env_kwargs: str, num_envs: int, normalize_obs: bool) 
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
     axes = len(obs_space.shape) if isinstance(obs_space, gym.spaces.Box) else 0
     require(axes in (1, 4), f"{env_id} has {obs_space}; vectors and images of bytes fit, q_learning takes Discrete")
-    kinds = (gym.spaces.Discrete, gym.spaces.MultiDiscrete, gym.spaces.Box)
-    require(
-        isinstance(action_space, kinds), f"{env_id} has {action_space}; Discrete, MultiDiscrete and Box actions fit"
-    )
+    fits = isinstance(action_space, (gym.spaces.Discrete, gym.spaces.MultiDiscrete, gym.spaces.Box))
+    require(fits, f"{env_id} has {action_space}; Discrete, MultiDiscrete and Box actions fit")
     require(axes == 1 or not normalize_obs, f"normalize_obs is for vectors, {env_id} has images")
     return envs
 

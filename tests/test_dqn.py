@@ -105,8 +105,11 @@ def test_line_13_descends_and_leaves_the_target_alone():
 
 def test_line_14_copies():
     agent = make_agent()
+    before = [parameter.clone() for parameter in agent.q.parameters()]
+    assert not any(map(torch.equal, before, agent.q_targ.parameters()))
     agent.update_target()
-    assert all(map(torch.equal, agent.q.parameters(), agent.q_targ.parameters()))
+    assert all(map(torch.equal, before, agent.q.parameters())), "from the network to the target"
+    assert all(map(torch.equal, before, agent.q_targ.parameters())), "all of it"
     agent.update(*make_batch())
     assert not all(map(torch.equal, agent.q.parameters(), agent.q_targ.parameters())), "a copy, not the network"
     assert not any(parameter.requires_grad for parameter in agent.q_targ.parameters())
