@@ -2,6 +2,7 @@
 
     python benchmark/speed.py                                     every comparison, three rounds
     python benchmark/speed.py td3 --cleanrl ~/cleanrl             one of them, CleanRL's script too, from its checkout
+    python benchmark/speed.py qmix mappo --epymarl ~/epymarl      beside EPyMARL, from its checkout; pip install sacred
     pip install stable-baselines3==2.9.2                          lets Stable-Baselines3 take part
 
 Contenders run in turn, each in a process of its own, so that a machine that slows down slows all of them; the figure is
@@ -13,14 +14,17 @@ import contextlib
 import importlib.util
 import io
 import json
+import multiprocessing
 import os
 import platform
+import resource
 import runpy
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import types
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -43,6 +47,8 @@ class Comparison:
     """environments in its DummyVecEnv"""
     sb3_normalize: bool = False
     """let its VecNormalize normalise observations and rewards"""
+    epymarl: str = ""
+    """EPyMARL's algorithm and settings"""
 
 
 HALF_CHEETAH = dict(learning_rate=3e-4, batch_size=256, learning_starts=1_000, policy_kwargs={"net_arch": [256, 256]})
@@ -103,6 +109,16 @@ COMPARISONS = {
         sb3_normalize=True,
     ),
     "q_learning CliffWalking-v1": Comparison("algos/q_learning.py", 50_000, {}),
+    "qmix simple_spread_v3, GRU": Comparison("marl_algos/qmix.py", 5_000, {}, epymarl="qmix use_rnn=True"),
+    "qmix simple_spread_v3, feed-forward": Comparison(
+        "marl_algos/qmix.py", 5_000, dict(recurrent=False), epymarl="qmix use_rnn=False"
+    ),
+    "mappo simple_spread_v3, policy with GRU": Comparison(
+        "marl_algos/mappo.py",
+        10_000,
+        dict(num_envs=10, update_epochs=4, hidden_dim=128, recurrent="policy"),
+        epymarl="mappo",
+    ),
 }
 
 
@@ -114,6 +130,8 @@ class Args:
     """how often each contender runs"""
     cleanrl: str = ""
     """a checkout of CleanRL; without it CleanRL is left out"""
+    epymarl: str = ""
+    """a checkout of EPyMARL; without it EPyMARL is left out"""
     measure: str = ""
     """used between processes: the contender to run once"""
 
@@ -123,7 +141,7 @@ def measure_ours(comparison: Comparison, folder: Path = Path("run")) -> float:
     spec = importlib.util.spec_from_file_location("script", ROOT / comparison.script)
     module = sys.modules["script"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.evaluate = lambda *args, **kwargs: [0.0]
+    module.evaluate = module.evaluate_team = lambda *args, **kwargs: [0.0]
     settings = dict(total_timesteps=comparison.steps, eval_every=0, run_dir=str(folder))
     start = time.process_time()
     module.train(module.Args(**settings | comparison.args))
@@ -173,9 +191,37 @@ def measure_sb3(comparison: Comparison) -> float:
     return time.process_time() - start
 
 
-def measure(name: str, contender: str, cleanrl: str) -> float:
+def measure_epymarl(comparison: Comparison, checkout: str) -> float:
+    """CPU seconds of EPyMARL on mpe2's simple_spread, and of the processes in which its environments live."""
+    import gymnasium as gym
+    import mpe2.simple_spread_v3
+
+    for absent in ("smaclite", "pettingzoo.mpe"):  # it imports the one at once, and knows mpe2 as the other
+        sys.modules.setdefault(absent, types.ModuleType(absent))
+    sys.modules["pettingzoo.mpe.simple_spread_v3"] = mpe2.simple_spread_v3
+    sys.path.insert(0, str(Path(checkout) / "src"))
+    wrapper = importlib.import_module("envs.pz_wrapper").PettingZooWrapper
+    gym.register("spread", lambda **kwargs: wrapper("mpe", "simple_spread_v3", **kwargs))
+    algorithm, *settings = comparison.epymarl.split()
+    settings += ["env_args.key=spread", "env_args.time_limit=25", "use_cuda=False", f"t_max={comparison.steps}"]
+    settings += ["test_nepisode=1", "test_interval=1000000000"]
+    sys.argv = ["main.py", "--capture=no", f"--config={algorithm}", "--env-config=gymma", "with", *settings]
+
+    def cpu_seconds() -> float:
+        usages = [resource.getrusage(whose) for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+    start = cpu_seconds()
+    runpy.run_path(str(Path(checkout) / "src" / "main.py"), run_name="__main__")
+    for process in multiprocessing.active_children():
+        process.join()
+    return cpu_seconds() - start
+
+
+def measure(name: str, contender: str, args: Args) -> float:
     """Steps per CPU second of one contender, from a process of its own in an empty folder."""
-    command = [sys.executable, str(Path(__file__).resolve()), name, "--measure", contender, "--cleanrl", cleanrl]
+    checkouts = ["--cleanrl", args.cleanrl, "--epymarl", args.epymarl]
+    command = [sys.executable, str(Path(__file__).resolve()), name, "--measure", contender, *checkouts]
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         process = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
@@ -187,7 +233,8 @@ def measure(name: str, contender: str, cleanrl: str) -> float:
 def contenders(comparison: Comparison, args: Args) -> list[str]:
     with_cleanrl = ["CleanRL"] if comparison.cleanrl and args.cleanrl else []
     with_sb3 = ["SB3"] if comparison.sb3 and importlib.util.find_spec("stable_baselines3") else []
-    return ["ours", *with_cleanrl, *with_sb3]
+    with_epymarl = ["EPyMARL"] if comparison.epymarl and args.epymarl else []
+    return ["ours", *with_cleanrl, *with_sb3, *with_epymarl]
 
 
 def compare(name: str, args: Args) -> dict:
@@ -195,7 +242,7 @@ def compare(name: str, args: Args) -> dict:
     speeds = {contender: [] for contender in contenders(COMPARISONS[name], args)}
     for _ in range(args.rounds):
         for contender in speeds:
-            speeds[contender].append(measure(name, contender, args.cleanrl))
+            speeds[contender].append(measure(name, contender, args))
     medians = {contender: statistics.median(values) for contender, values in speeds.items()}
     ratios = {peer: medians["ours"] / speed for peer, speed in medians.items() if peer != "ours"}
     words = [f"{who} {speed:.0f} steps/s" for who, speed in medians.items()]
@@ -205,13 +252,16 @@ def compare(name: str, args: Args) -> dict:
 
 
 def main(args: Args):
-    args.cleanrl = args.cleanrl and str(Path(args.cleanrl).expanduser().resolve())
+    args.cleanrl, args.epymarl = (
+        folder and str(Path(folder).expanduser().resolve()) for folder in (args.cleanrl, args.epymarl)
+    )
     chosen = [name for name in COMPARISONS if not args.names or any(part in name for part in args.names)]
     if args.measure:
         functions = {
             "ours": lambda c: measure_ours(c),
             "CleanRL": lambda c: measure_cleanrl(c, args.cleanrl),
             "SB3": lambda c: measure_sb3(c),
+            "EPyMARL": lambda c: measure_epymarl(c, args.epymarl),
         }
         with contextlib.redirect_stdout(io.StringIO()):
             with contextlib.suppress(ImportError):
