@@ -316,7 +316,7 @@ class FrameReplay:
         return {"arrays": [torch.from_numpy(array[: self.size]) for array in arrays], "next": self.next}
 
     def load_state_dict(self, state: dict):
-        self.size, self.next, self.last_s2 = len(state["arrays"][0]), state["next"], None
+        self.size, self.next = len(state["arrays"][0]), state["next"]
         for array, saved in zip((self.frames, self.a_r_d, self.complete), state["arrays"]):
             array[: self.size] = saved.numpy()
 

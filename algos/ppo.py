@@ -193,8 +193,8 @@ class PPO:
         loss, parts = self.loss(*minibatch)
         self.theta_phi.grad.zero_()
         loss.backward()
-        average_(self.theta_phi.grad)
-        nn.utils.clip_grad_norm_([self.theta_phi], self.args.max_grad_norm)
+        gradient = average_(self.theta_phi.grad)
+        gradient *= (self.args.max_grad_norm / (gradient.norm() + 1e-6)).clamp(max=1)
         self.optimizer.step()  # lines 6, 7
         return parts.clone()  # a CUDA graph reuses its outputs
 

@@ -359,7 +359,7 @@ def test_the_loop_stores_what_it_saw_and_learns_when_it_is_time(tmp_path, monkey
     monkeypatch.setattr(dqn, "make_any_env", lambda *a, **k: made.append((a[3:], k)) or original(*a, **k))
     epsilons = []
     monkeypatch.setattr(dqn.DQN, "act", lambda self, s, epsilon=None: epsilons.append(epsilon) or len(epsilons) % 3)
-    settings = dict(total_timesteps=24, learning_starts=8, train_every=4, gradient_steps=2, target_every=8)
+    settings = dict(total_timesteps=24, learning_starts=8, train_every=4, gradient_steps=2, target_every=6)
     dqn.train(
         dqn.Args("Recorder-v0", run_dir=str(tmp_path), batch_size=5, eval_every=0, eval_episodes=1, seed=7, **settings)
     )
@@ -374,17 +374,27 @@ def test_the_loop_stores_what_it_saw_and_learns_when_it_is_time(tmp_path, monkey
         s = s2
     assert stored == expected[:24] and len(stored) == 24
     assert Recorder.log[0] == ("reset", 7) and [e for e in Recorder.log[1:30] if e[0] == "reset"][0] == ("reset", None)
+    over = [i for i, e in enumerate(Recorder.log[:-1]) if e[0] != "reset" and (e[3] or e[4])]
+    assert all(Recorder.log[i + 1][0] == "reset" for i in over), "terminated or truncated: a new episode"
+    assert {Recorder.log[i][3:] for i in over} == {(True, False), (False, True)}
     burst = lambda step: [(step, "sample 5"), (step, "update")] * 2  # noqa: E731
     assert events == [
-        (8, "target"),
+        (6, "target"),
         *burst(12),
+        (12, "target"),
         *burst(16),
-        (16, "target"),
+        (18, "target"),
         *burst(20),
         *burst(24),
         (24, "target"),
-    ], "lines 11-13 every 4 steps after the first 8, line 14 every 8"
+    ], "lines 11-13 every 4 steps after the first 8, line 14 every 6"
     assert epsilons[:2] == pytest.approx([1.0, 1 - 0.96 / (0.16 * 24)]) and epsilons[-1] is None, "greedy in evaluation"
+
+
+def test_an_evaluation_sums_the_rewards_of_the_same_episodes():
+    Recorder.count, Recorder.log = 0, []
+    assert dqn.evaluate(lambda s: 0, gym.make("Recorder-v0"), 3) == [1 + 2 + 3, 1 + 2, 1 + 2 + 3]
+    assert [e[1] for e in Recorder.log if e[0] == "reset"] == [10_000, 10_001, 10_002]
 
 
 def test_a_resumed_run_draws_anew_and_begins_an_episode(tmp_path, monkeypatch):
