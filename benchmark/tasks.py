@@ -300,10 +300,9 @@ TASKS = [
     Task(
         "dqn__PongNoFrameskip-v4",
         "algos/dqn.py",
-        "--env-id PongNoFrameskip-v4 --total-timesteps 10000000 --learning-rate 0.0001 --batch-size 32 "
-        "--buffer-size 1000000 --learning-starts 80000 --train-every 4 --gradient-steps 1 --target-every 1000 "
-        "--epsilon-end 0.01 --exploration-fraction 0.1 --eval-every 100000 --eval-episodes 10 "
-        "--checkpoint-every 500000",
+        "--env-id PongNoFrameskip-v4 --total-timesteps 1000000 --learning-rate 0.0001 --batch-size 32 "
+        "--buffer-size 100000 --learning-starts 10000 --train-every 4 --gradient-steps 1 --target-every 1000 "
+        "--epsilon-end 0.01 --exploration-fraction 0.1 --eval-every 50000 --eval-episodes 5 --checkpoint-every 50000",
         20.3,
         "[CRL] 20.3 in training at 10M",
         seeds=1,
@@ -361,7 +360,7 @@ TASKS = [
     Task(
         "mappo__simple_spread",
         "marl_algos/mappo.py",
-        "--env-id mpe2.simple_spread_v3",
+        "--env-id mpe2.simple_spread_v3 --eval-every 125000",
         -14,
         "between random -27 and scripted -9.3, per agent, both measured",
     ),

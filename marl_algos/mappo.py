@@ -33,9 +33,9 @@ The paper's advice: normalise values (lines 12, 13); give V the global state, wi
 (`value_input`); few epochs, one mini-batch (line 15); clip, V too (lines 18, 19); large batches (line 4).
 Beyond the pseudo-code: the picture cuts chunks at l + T and steps Adam after the loop over mini-batches; l + L and
 line 20 are meant. A chunk ends with its episode, so no hidden state crosses an end. Advantages are standardised,
-gradients clipped, illegal actions have p = 0, the dead and padding weigh nothing. A time limit is not terminal: V of
-the state it left stands for the rest (the authors' code: only on request). While a team that shares its reward plays
-on without a dead agent, the mean value of the living is that agent's.
+gradients clipped, α falls to 0, illegal actions have p = 0, the dead and padding weigh nothing. A time limit is not
+terminal: V of the state it left stands for the rest (the authors' code: only on request). While a team that shares its
+reward plays on without a dead agent, the mean value of the living is that agent's.
 
 Result  175 in the climbing game (25 rounds of the equilibrium that pays 7), reached after 40000 steps, seed 1:
         --env-id envs.matrix_games --total-timesteps 60000
@@ -76,7 +76,7 @@ class Args:
     """train the agents whose names begin so; the others act at random"""
     reward_mode: Literal["mean", "sum", "own"] = "mean"
     """r, the mean or the sum of the team's rewards, or each agent's own"""
-    total_timesteps: int = 1_000_000
+    total_timesteps: int = 1_250_000
     """environment steps, of all copies together; in one step all agents act"""
     num_envs: int = 32
     """batch_size of line 4, copies of the environment that play at once"""
@@ -97,7 +97,9 @@ class Args:
     entropy_coef: float = 0.01
     """σ, weight of the entropy"""
     learning_rate: float = 7e-4
-    """α, Adam's step size, policy and value function"""
+    """α, Adam's first step size"""
+    anneal: bool = True
+    """let the step size fall to 0 in a straight line"""
     hidden_dim: int = 64
     """width of all layers"""
     recurrent: Literal["both", "policy", "none"] = "none"
@@ -205,10 +207,8 @@ class MAPPO:
         self.policy = Policy(team, args).to(device)  # line 1
         self.value = AgentNets(team.n, inputs, 1, 1.0, args.recurrent == "both", args).to(device)
         self.popart = PopArt().to(device)
-        self.policy_optimizer, self.value_optimizer = (
-            torch.optim.Adam(net.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
-            for net in (self.policy, self.value)
-        )
+        parameters = [*self.policy.parameters(), *self.value.parameters()]
+        self.optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)
 
     def value_input(self, o, s):
         """s of each agent (..., n, ·): the state, and its own observation unless the state contains it."""
@@ -252,32 +252,39 @@ class MAPPO:
         old_v = self.popart.normalise(v) if kept else v
         return {"advantage": advantage, "old_v": old_v, "r_to_go": self.popart.normalise(r_to_go)}
 
-    def update_policy(self, b: dict) -> dict:
-        """Of b, h_… (C, n, memory) and others (L, C, n, ...); weight is 1, or 0 for padding and the dead."""
+    def policy_loss(self, b: dict):
+        """L(θ), and its parts. In b, h_… (C, n, memory), others (L, C, n, ...); weight 0 for padding and the dead."""
         p, _ = self.policy(b["o"], b["mask"], b["h_pi"])  # line 17
         log_ratio = self.policy.joint(p.log_prob(b["u"]), b["mask"]) - b["log_prob"]
         ratio, eps = log_ratio.exp(), self.args.epsilon  # ρ, ε
         gain = torch.min(ratio * b["advantage"], ratio.clamp(1 - eps, 1 + eps) * b["advantage"])
         policy_loss = -mean_of(gain, b["weight"])
         entropy = mean_of(self.policy.joint(p.entropy(), b["mask"]), b["weight"])
-        self.descend(policy_loss - self.args.entropy_coef * entropy, self.policy, self.policy_optimizer)  # line 18
         kl, clipped = mean_of(ratio - 1 - log_ratio, b["weight"]), mean_of((ratio - 1).abs() > eps, b["weight"])
-        parts = {"policy": policy_loss, "entropy": entropy, "kl": kl, "clip_fraction": clipped}
-        return {f"losses/{name}": part.detach() for name, part in parts.items()}
+        parts = torch.stack([policy_loss, entropy, kl, clipped]).detach()
+        return policy_loss - self.args.entropy_coef * entropy, parts  # line 18
 
-    def update_value(self, b: dict) -> dict:
+    def value_loss(self, b: dict):
+        """L(φ)."""
         v, eps = self.value(self.value_input(b["o"], b["s"]), b["h_v"])[0].squeeze(-1), self.args.epsilon  # line 17
         near_v = b["old_v"] + (v - b["old_v"]).clamp(-eps, eps)
         errors = [F.huber_loss(x, b["r_to_go"], reduction="none", delta=10.0) for x in (v, near_v)]
-        value_loss = mean_of(torch.max(*errors), b["weight"])  # line 19
-        self.descend(value_loss, self.value, self.value_optimizer)
-        return {"losses/value": value_loss.detach()}
+        return mean_of(torch.max(*errors), b["weight"])  # line 19
 
-    def descend(self, loss, net: nn.Module, optimizer: torch.optim.Optimizer):
-        optimizer.zero_grad()
+    def loss(self, b: dict):
+        """L(θ) + L(φ), of which either concerns one network only; and what is to be logged."""
+        (policy_loss, parts), value_loss = self.policy_loss(b), self.value_loss(b)
+        return policy_loss + value_loss, torch.cat([parts, value_loss.detach()[None]])
+
+    def update(self, b: dict):
+        """An Adam step of both networks."""
+        loss, parts = self.loss(b)
+        self.optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(net.parameters(), 10.0)
-        optimizer.step()  # line 20
+        for net in (self.policy, self.value):
+            nn.utils.clip_grad_norm_(net.parameters(), 10.0)
+        self.optimizer.step()  # line 20
+        return parts.clone()  # a CUDA graph reuses its outputs
 
 
 def train(args: Args) -> dict:
@@ -288,8 +295,7 @@ def train(args: Args) -> dict:
     require(min(T, E, L, args.update_epochs) >= 1, "num_envs, num_steps, chunk_length, update_epochs must be positive")
     require(T * E <= args.total_timesteps, "num_envs * num_steps must not exceed total_timesteps")
     require(1 <= args.num_minibatches <= math.ceil(T / L) * E, "num_minibatches must lie in [1, chunks of a rollout]")
-    shares = (args.gamma, args.lam, args.epsilon)
-    require(0 <= min(shares) <= max(shares) <= 1, "gamma, lam and epsilon must lie in [0, 1]")
+    require(all(0 <= x <= 1 for x in (args.gamma, args.lam, args.epsilon)), "gamma, lam, epsilon must lie in [0, 1]")
     require(min(args.learning_rate, args.hidden_dim) > 0, "learning_rate and hidden_dim must be positive")
     require(args.entropy_coef >= 0, "entropy_coef must not be negative")
     team = Team(args, E, args.capture_video)
@@ -297,8 +303,7 @@ def train(args: Args) -> dict:
     device = set_up_torch(args.seed, args.device, args.num_threads)
     agent = MAPPO(team, args, device)
     if args.compile:
-        agent.update_policy = torch.compile(agent.update_policy, mode="reduce-overhead")
-        agent.update_value = torch.compile(agent.update_value, mode="reduce-overhead")
+        agent.loss = torch.compile(agent.loss, mode="reduce-overhead")
 
     def evaluation(film: Path | None = None) -> list[float]:
         fresh = Team(args, min(E, args.eval_episodes), film is not None)
@@ -307,9 +312,8 @@ def train(args: Args) -> dict:
     run.start(math.ceil(args.total_timesteps / (T * E)) * T * E, **parts_of(agent))
     team.seed(args.seed + run.step)
     team.reset()
-    h_pi, h_v = (
-        torch.zeros(E, team.n, nets.memory, device=device) for nets in (agent.policy.agents, agent.value)
-    )  # line 5
+    h_pi = torch.zeros(E, team.n, agent.policy.agents.memory, device=device)  # line 5
+    h_v = torch.zeros(E, team.n, agent.value.memory, device=device)
     D = TeamRollout(T, device)  # line 3
     while run.step < run.last:  # line 2
         for t in range(T):  # lines 4, 6
@@ -327,11 +331,13 @@ def train(args: Args) -> dict:
                     run.log_episode({"r": team.returns[e], "l": team.lengths[e]})
                 team.reset(team.done)
                 h_pi, h_v = (h * going_on[:, None, None] for h in (h_pi, h_v))  # line 5
-        run.advance(T * E)
         D |= agent.targets(D)  # lines 12, 13
+        agent.optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - run.step / run.last if args.anneal else 1)
+        run.advance(T * E)
         for _ in range(args.update_epochs):  # line 15
             for b in D.minibatches(L, args.num_minibatches):  # lines 14, 16
-                run.log(agent.update_policy(b) | agent.update_value(b))  # lines 17-20
+                names = ("policy", "entropy", "kl", "clip_fraction", "value")
+                run.log({f"losses/{name}": part for name, part in zip(names, agent.update(b))})  # lines 17-20
         run.evaluate_and_save(evaluation)
     return run.finish(evaluation)
 
@@ -586,7 +592,6 @@ class TeamRollout(dict):
 
 def chunks(over: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
     """The steps t · E + e of a rollout, in chunks of at most `length` that end where `over` (T, E) is True.
-
     Returns their numbers (length, C), 0 where a chunk is shorter, and 1 or 0 for real and padded places.
     """
     T, E = over.shape

@@ -132,7 +132,7 @@ LONGER = {  # lines in all of the scripts that exceed the limit, to be shortened
     "algos/dqn.py": 530,
     "algos/ppo.py": 664,
     "marl_algos/qmix.py": 620,
-    "marl_algos/mappo.py": 745,
+    "marl_algos/mappo.py": 746,
 }
 
 

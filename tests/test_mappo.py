@@ -14,6 +14,7 @@ from gymnasium.spaces import Box, Discrete
 from pettingzoo import ParallelEnv
 
 mappo = load("marl_algos/mappo.py")
+NAMES = [f"losses/{name}" for name in ("policy", "entropy", "kl", "clip_fraction", "value")]
 
 
 class Toy(ParallelEnv):
@@ -87,19 +88,16 @@ def batch(agent, L=3, C=4, seed=0, **changes):
 
 
 def losses_and_gradients(agent, b):
-    """What the updates report and the gradients they step along, on a copy of the agent."""
+    """What an update reports, and of each network its loss and the gradients, on a copy of the agent."""
     agent = copy.deepcopy(agent)
-    found = {}
-
-    def descend(loss, net, optimizer):
-        net.zero_grad()
-        loss.backward()
-        name = "policy" if net is agent.policy else "value"
-        found[name] = [loss.detach(), *(p.grad.clone() for p in net.parameters())]
-
-    agent.descend = descend
-    reported = agent.update_policy(b) | agent.update_value(b)
-    return reported, found["policy"], found["value"]
+    policy_loss, value_loss = agent.policy_loss(b)[0], agent.value_loss(b)
+    found = [
+        [loss.detach(), *torch.autograd.grad(loss, list(net.parameters()))]
+        for loss, net in ((policy_loss, agent.policy), (value_loss, agent.value))
+    ]
+    both, reported = agent.loss(b)
+    assert both == policy_loss + value_loss
+    return dict(zip(NAMES, reported)), *found
 
 
 def same(one, two, **tolerance):
@@ -109,7 +107,7 @@ def same(one, two, **tolerance):
 def rollout_of(settings, rounds=1):
     """Train for some rollouts; returns (D, b of the whole rollout, agent as it was then) of each, and the reports."""
     seen, reports = [], []
-    targets, update_policy = mappo.MAPPO.targets, mappo.MAPPO.update_policy
+    targets, update = mappo.MAPPO.targets, mappo.MAPPO.update
 
     def watch_targets(self, D):
         before = copy.deepcopy(self)
@@ -118,12 +116,13 @@ def rollout_of(settings, rounds=1):
         return new
 
     def watch_update(self, b):
-        reports.append(update_policy(self, b))
-        return reports[-1]
+        parts = update(self, b)
+        reports.append(dict(zip(NAMES, parts)))
+        return parts
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mappo.MAPPO, "targets", watch_targets)
-        patch.setattr(mappo.MAPPO, "update_policy", watch_update)
+        patch.setattr(mappo.MAPPO, "update", watch_update)
         settings = dict(recurrent="both", hidden_dim=8, eval_every=0, eval_episodes=1) | settings
         args = mappo.Args(env_id="toy_of_mappo", **settings)
         args.total_timesteps = rounds * args.num_envs * args.num_steps
@@ -418,22 +417,48 @@ def test_updates_descend_within_the_gradient_norm():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.nn.utils, "clip_grad_norm_", watch)
-        losses = [agent.update_policy(b) | agent.update_value(b) for _ in range(60)]
+        losses = [dict(zip(NAMES, agent.update(b))) for _ in range(60)]
     assert norms[2][0] > 10 and norms[3] == pytest.approx(10, rel=1e-3)
     assert losses[-1]["losses/policy"] < losses[0]["losses/policy"] - 0.1
     assert losses[-1]["losses/value"] < losses[0]["losses/value"]
 
 
-def test_policy_and_value_function_are_updated_apart():
+def test_each_loss_concerns_its_own_network():
     agent = make_agent()
     b = batch(agent)
+    for loss, net in ((agent.policy_loss(b)[0], agent.value), (agent.value_loss(b), agent.policy)):
+        parameters = list(net.parameters())
+        assert all(g is None for g in torch.autograd.grad(loss, parameters, allow_unused=True))
+
+
+def test_line_20_steps_both_networks_from_zeroed_gradients():
+    agent = make_agent()
+    b = batch(agent)
+    for net in (agent.policy, agent.value):
+        for parameter in net.parameters():
+            parameter.grad = torch.full_like(parameter, 1e3)
     before = copy.deepcopy(agent)
-    agent.update_policy(b)
-    assert same(agent.value.parameters(), before.value.parameters())
-    assert not same(agent.policy.parameters(), before.policy.parameters())
-    before = copy.deepcopy(agent.policy)
-    agent.update_value(b)
-    assert same(agent.policy.parameters(), before.parameters())
+    agent.update(b)
+    for new, old, (_, *gradients) in zip(
+        (agent.policy, agent.value), (before.policy, before.value), losses_and_gradients(before, b)[1:], strict=True
+    ):
+        clip = min(1, 10 / torch.stack([g.norm() for g in gradients]).norm().item())
+        for x, y, g in zip(new.parameters(), old.parameters(), gradients, strict=True):
+            torch.testing.assert_close(x.grad, g * clip, rtol=1e-4, atol=1e-7)
+            assert not torch.equal(x, y) or not g.abs().any()
+
+
+@pytest.mark.parametrize("anneal, expected", [(True, [1.0, 2 / 3, 1 / 3]), (False, [1.0, 1.0, 1.0])])
+def test_the_step_size_falls_to_zero(anneal, expected, monkeypatch):
+    sizes, update = [], mappo.MAPPO.update
+
+    def watch(self, b):
+        sizes.append(self.optimizer.param_groups[0]["lr"] / self.args.learning_rate)
+        return update(self, b)
+
+    monkeypatch.setattr(mappo.MAPPO, "update", watch)
+    rollout_of(dict(num_envs=2, num_steps=4, update_epochs=1, anneal=anneal), rounds=3)
+    assert sizes == pytest.approx(expected)
 
 
 # --- masks, deaths, padding -------------------------------------------------------------------------------------------
