@@ -451,8 +451,18 @@ def test_ppo_learns_from_images_and_multi_discrete_actions(tmp_path):
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert result["steps"] == 64
     assert state["policy"]["absent"].tolist() == [[False, False, True], [False, False, False]]
+    images, features = torch.randint(256, (5, 1, 4, 10, 10), dtype=torch.uint8), ppo.ImageFeatures(1, 4, 10, 10)
+    expected = torch.conv2d(images[:, 0].float() / 255, features.net[0].weight, features.net[0].bias).relu().flatten(1)
+    torch.testing.assert_close(features(images), expected)
     net = ppo.network((4, 1, 84, 84), 6, gain=1.0)
     assert net(torch.randint(0, 256, (2, 4, 1, 84, 84), dtype=torch.uint8)).shape == (2, 6)
+
+
+def test_ppo_only_training_cuts_lives_and_clips_rewards(tmp_path, monkeypatch):
+    made, original = [], ppo.make_any_env
+    monkeypatch.setattr(ppo, "make_any_env", lambda *a, **k: made.append((a[3:], k)) or original(*a, **k))
+    train(tmp_path)
+    assert made == [((), {"training": True})] * 2 + [((), {})]
 
 
 # --- normalisers ------------------------------------------------------------------------------------------------------
