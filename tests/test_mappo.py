@@ -461,6 +461,32 @@ def test_the_step_size_falls_to_zero(anneal, expected, monkeypatch):
     assert sizes == pytest.approx(expected)
 
 
+@pytest.mark.slow
+def test_mappo_compiled_update_is_the_update():
+    one, compiled = make_agent(), make_agent()
+    compiled.loss = torch.compile(compiled.loss, mode="reduce-overhead")
+    for seed in (1, 2):
+        b = batch(one, seed=seed)
+        torch.testing.assert_close(compiled.update(b), one.update(b))
+        for net, other in ((compiled.policy, one.policy), (compiled.value, one.value)):
+            torch.testing.assert_close(list(net.parameters()), list(other.parameters()))
+
+
+def test_mappo_compile_compiles_the_loss_that_the_update_calls(monkeypatch):
+    compiled, calls = [], []
+
+    def compile(function, **options):
+        compiled.append((function.__name__, options))
+        return lambda b: calls.append(b) or function(b)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    settings = dict(num_envs=2, num_steps=4, update_epochs=3)
+    rollout_of(settings)
+    assert not compiled
+    rollout_of(settings | dict(compile=True), rounds=2)
+    assert compiled == [("loss", {"mode": "reduce-overhead"})] and len(calls) == 6
+
+
 # --- masks, deaths, padding -------------------------------------------------------------------------------------------
 
 

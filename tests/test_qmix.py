@@ -406,6 +406,31 @@ def test_loop_decays_epsilon_updates_twice_an_episode_and_copies_targets_in_time
 # --- the whole --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("recurrent", [True, False])
+def test_qmix_compiled_update_is_the_update(recurrent):
+    plain, compiled = make_agent(recurrent), make_agent(recurrent)
+    update = torch.compile(compiled.update, mode="reduce-overhead")
+    for seed in (1, 2):
+        torch.testing.assert_close(update(**make_batch(seed=seed)), plain.update(**make_batch(seed=seed)))
+        torch.testing.assert_close(compiled.parameters, plain.parameters)
+
+
+def test_qmix_compile_compiles_the_update_that_the_loop_calls(tmp_path, monkeypatch):
+    compiled, calls = [], []
+
+    def compile(function, **options):
+        compiled.append((function.__name__, options))
+        return lambda **batch: calls.append(len(batch)) or function(**batch)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    settings = dict(env_id="envs.matrix_games", total_timesteps=100, batch_size=4, eval_episodes=1, num_envs=2)
+    for name, chosen in (("eager", False), ("compiled", True)):
+        assert not compiled
+        qmix.train(qmix.Args(run_dir=str(tmp_path / name), compile=chosen, **settings))
+    assert compiled == [("update", {"mode": "reduce-overhead"})] and calls
+
+
 def learn(folder, game, capsys, **settings):
     """The final return, and the printed tables: [(Q_tot, payoff), ...]."""
     args = dict(epsilon_end=1.0, target_every=50, eval_every=0, eval_episodes=1, device="cpu", **settings)
