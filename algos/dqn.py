@@ -47,6 +47,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -78,6 +79,8 @@ class Args:
     """False: the form of 2013, where line 12 uses θ in the place of θ⁻"""
     target_every: int = 10
     """C of line 14, in steps"""
+    clip_error: bool = False
+    """True: as in 2015, an error beyond ±1 pulls on Q like one of ±1"""
     epsilon_end: float = 0.04
     """the last ε; the first is 1"""
     exploration_fraction: float = 0.16
@@ -146,7 +149,8 @@ class DQN:
         with torch.no_grad():
             y = self.target(r, s2, d)
         q = self.q(s)
-        loss = (y - q.gather(1, a).squeeze(1)).square().mean()  # line 13
+        q_a = q.gather(1, a).squeeze(1)
+        loss = F.smooth_l1_loss(q_a, y) if self.args.clip_error else (y - q_a).square().mean()  # line 13
         self.theta.grad.zero_()
         loss.backward()
         self.optimizer.step()

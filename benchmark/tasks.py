@@ -273,7 +273,7 @@ TASKS = [
         "algos/dqn.py",
         "--env-id MountainCar-v0 --total-timesteps 120000 --gamma 0.98 --learning-rate 0.004 --batch-size 128 "
         "--buffer-size 10000 --train-every 16 --gradient-steps 8 --target-every 600 --epsilon-end 0.07 "
-        "--exploration-fraction 0.2 --eval-every 10000",
+        "--exploration-fraction 0.2 --clip-error --eval-every 10000",
         -130,
         "[ZOO] -100.8 ± 9.9 at 120k",
     ),

@@ -95,6 +95,21 @@ def test_line_13_is_the_gradient_of_equation_3(target_network):
         assert torch.allclose(parameter.grad, g, atol=1e-5)
 
 
+def test_line_13_in_the_form_of_2015_clips_the_error():
+    agent = make_agent(clip_error=True, gamma=0.9)
+    s, a, r, s2, d = make_batch()
+    r = r + torch.linspace(-5, 5, len(r))
+    with torch.no_grad():
+        error = agent.q(s).gather(1, a).squeeze(1) - agent.target(r, s2, d)
+    assert (error.abs() > 1).any() and (error.abs() < 1).any()
+    q_a = agent.q(s).gather(1, a).squeeze(1)
+    expected = torch.autograd.grad(q_a, list(agent.q.parameters()), error.clamp(-1, 1) / len(r))
+    agent.optimizer = SimpleNamespace(step=lambda: None)
+    agent.update(s, a, r, s2, d)
+    for parameter, g in zip(agent.q.parameters(), expected, strict=True):
+        assert torch.allclose(parameter.grad, g, atol=1e-6)
+
+
 def test_line_13_descends_and_leaves_the_target_alone():
     agent = make_agent(learning_rate=0.01)
     batch, before = make_batch(), [parameter.clone() for parameter in agent.q_targ.parameters()]
