@@ -52,12 +52,26 @@ def run_folder(task: Task, seed: int) -> Path:
     return ROOT / "runs" / "benchmark" / task.name / f"seed{seed}"
 
 
+def origin(task: Task, seed: int) -> dict[str, str]:
+    """Command and commit of a run, noted in its folder when this is first asked, so that neither changes later."""
+    note = run_folder(task, seed) / "origin.json"
+    if not note.exists():
+        log, status = ["git", "log", "-1", "--format=%h", "--", task.script], ["git", "status", "-s", "--", task.script]
+        commit, changed = (subprocess.run(c, cwd=ROOT, capture_output=True, text=True).stdout for c in (log, status))
+        commit = commit.strip() + (", with changes" if changed else "")
+        note.write_text(
+            json.dumps({"command": f"python {task.script} {task.args} --seed {seed}", "commit": commit}, indent=1)
+        )
+    return json.loads(note.read_text())
+
+
 def run(task: Task, seed: int) -> str:
     """Run one seed to its end in a process of its own; returns its result, or what went wrong."""
     folder = run_folder(task, seed)
     result = folder / "result.json"
     if not result.exists():
         folder.mkdir(parents=True, exist_ok=True)
+        origin(task, seed)
         with open(folder / "output.txt", "a") as output:
             status = subprocess.run(
                 [sys.executable, *command(task, seed, folder)],
@@ -82,12 +96,10 @@ def harvest(task: Task, seed: int) -> Path | None:
     points = {event.step: event.value for event in events.Scalars("eval/return")}
     result = folder / "result.json"
     state = "finished" if result.exists() else "unfinished"
-    log = ["git", "log", "-1", "--format=%h", "--", task.script]
-    commit = subprocess.run(log, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="") as file:
-        print(f"# command: python {task.script} {task.args} --seed {seed}", file=file)
-        print(f"# commit: {commit}", file=file)
+        for name, value in origin(task, seed).items():
+            print(f"# {name}: {value}", file=file)
         print(f"# state: {state}", file=file)
         if result.exists():
             final = json.loads(result.read_text())

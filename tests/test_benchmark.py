@@ -1,5 +1,6 @@
 """The benchmark's own parts: tasks that exist, a runner that survives a kill, curves, intervals, tables, speed."""
 
+import dataclasses
 import json
 import os
 import shlex
@@ -51,7 +52,7 @@ def test_command_line_of_the_task_is_understood(task):
     assert not args.run_dir and args.seed == load(task.script).Args().seed, "run.py gives these"
 
 
-def test_runs_what_is_missing_and_nothing_twice(folders, capsys):
+def test_runs_what_is_missing_and_nothing_twice(folders, capsys, monkeypatch):
     run.main(run.Args(jobs=2))
     assert capsys.readouterr().out.count("q_learning__short seed") == 2
     path = folders / "results" / SHORT.name / "seed1.csv"
@@ -60,9 +61,12 @@ def test_runs_what_is_missing_and_nothing_twice(folders, capsys):
     assert curve[:, 0].tolist() == [500, 1000, 1500, 2000]
     result = json.loads((folders / "runs" / SHORT.name / "seed1" / "result.json").read_text())
     assert curve[-1, 1] == pytest.approx(result["return"])
-    before = (folders / "runs" / SHORT.name / "seed1" / "checkpoint.pt").stat().st_mtime_ns
+    before, text = (folders / "runs" / SHORT.name / "seed1" / "checkpoint.pt").stat().st_mtime_ns, path.read_text()
+    monkeypatch.setattr(run, "TASKS", [dataclasses.replace(SHORT, args="--total-timesteps 9")])
+    monkeypatch.setattr(run.subprocess, "run", None)
     run.main(run.Args(names=["short"]))
     assert (folders / "runs" / SHORT.name / "seed1" / "checkpoint.pt").stat().st_mtime_ns == before
+    assert path.read_text() == text, "the command and the commit that the run began with"
 
 
 def test_goes_on_with_a_run_that_was_killed(folders, monkeypatch):
