@@ -410,8 +410,9 @@ TASKS = [
     Task(
         "qmix__qtran",
         "marl_algos/qmix.py",
-        """--env-id envs.matrix_games --env-kwargs '{"game": "qtran"}' --total-timesteps 5000 --epsilon-end 1.0 """
-        "--num-envs 2500 --target-every 2500 --batch-size 128 --learning-rate 0.001 --eval-episodes 1",
+        """--env-id envs.matrix_games --env-kwargs '{"game": "qtran"}' --total-timesteps 20000 --epsilon-end 1.0 """
+        "--num-envs 10000 --buffer-size 20000 --target-every 10000 --batch-size 128 --learning-rate 0.001 "
+        "--eval-episodes 1",
         0,
         "Son et al. (2019): a monotone mixer ends at 0, though 8 is the optimum",
         5,
