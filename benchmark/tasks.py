@@ -360,13 +360,6 @@ TASKS = [
     Task(
         "mappo__simple_spread",
         "marl_algos/mappo.py",
-        "--env-id mpe2.simple_spread_v3 --no-share-parameters --total-timesteps 600000",
-        -14,
-        "between random -27 and scripted -9.3, per agent, both measured",
-    ),
-    Task(
-        "mappo__simple_spread_shared",
-        "marl_algos/mappo.py",
         "--env-id mpe2.simple_spread_v3 --eval-every 125000",
         -14,
         "between random -27 and scripted -9.3, per agent, both measured",
