@@ -28,8 +28,8 @@ Beyond the pseudo-code: Adam; lines 11-13 run in bursts, every `train_every` ste
 without making φ_t+1 terminal. The picture has max where line 7 needs argmax, and no target network: its line 12 uses θ,
 as `--no-target-network` does. The notes credit θ⁻ to the paper of 2013; it is from 2015. The gradient of pics/dqn2.png
 lacks a minus sign. The slides list kernel 8, stride 4 three times; only 8/4, 4/2, 3/1, as in their code, give 64·7·7.
-Result  CartPole-v1 with the defaults: 500.00, 500.00, 187.71 (seeds 1-3, 100 episodes each); between evaluations the
-        greedy policy still swings between 100 and 500: benchmark/RESULTS.md
+Result  CartPole-v1 with the defaults: 500.00, 500.00, 187.71 (seeds 1-3); the greedy policy swings between evaluations.
+        Task dqn__CartPole_500k: 500.00, 478.60, 500.00; max Q of the pole at rest 103, 103, 101; exact: 1/(1-γ) = 100
 """
 
 import copy

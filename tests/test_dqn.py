@@ -1,14 +1,17 @@
 """DQN's mathematics, against values computed independently; its replay of frames, its environments, its bad inputs."""
 
 import random
+import shlex
 from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+import tyro
 from conftest import load
 from gymnasium.spaces import Box, Discrete
+from tasks import TASKS
 
 dqn = load("algos/dqn.py")
 CPU = torch.device("cpu")
@@ -573,3 +576,14 @@ def test_a_missing_package_is_named(env_id, package, monkeypatch, capsys):
     with pytest.raises(SystemExit) as error:
         dqn.make_any_env(env_id, "{}")
     assert error.value.code == 2 and f"pip install {package}" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_max_q_of_the_balanced_pole_is_the_discounted_sum_of_ones(tmp_path):
+    """1/(1 - γ) = 100: below, time limits would be terminal; above, Q would be over-estimated."""
+    task = next(task for task in TASKS if task.name == "dqn__CartPole_500k")
+    args = tyro.cli(dqn.Args, args=[*shlex.split(task.args), "--eval-every", "0", "--run-dir", str(tmp_path)])
+    dqn.train(args)
+    agent = dqn.DQN((4,), 2, args, torch.device("cpu"))
+    agent.q.load_state_dict(torch.load(tmp_path / "checkpoint.pt", weights_only=True)["q"])
+    assert float(agent.q(torch.zeros(4)).max()) == pytest.approx(100, abs=10)
