@@ -403,9 +403,8 @@ TASKS = [
     Task(
         "qmix__qtran",
         "marl_algos/qmix.py",
-        """--env-id envs.matrix_games --env-kwargs '{"game": "qtran"}' --total-timesteps 12000 --epsilon-end 1.0 """
-        "--num-envs 6000 --buffer-size 12000 --target-every 6000 --batch-size 256 --learning-rate 0.0003 "
-        "--eval-episodes 1",
+        """--env-id envs.matrix_games --env-kwargs '{"game": "qtran"}' --total-timesteps 5000 --epsilon-end 1.0 """
+        "--num-envs 2500 --target-every 2500 --batch-size 128 --learning-rate 0.001 --eval-episodes 1",
         0,
         "Son et al. (2019): a monotone mixer ends at 0, though 8 is the optimum",
         5,
