@@ -256,7 +256,7 @@ class MAPPO:
         """L(θ), and its parts. In b, h_… (C, n, memory), others (L, C, n, ...); weight 0 for padding and the dead."""
         p, _ = self.policy(b["o"], b["mask"], b["h_pi"])  # line 17
         log_ratio = self.policy.joint(p.log_prob(b["u"]), b["mask"]) - b["log_prob"]
-        ratio, eps = log_ratio.exp(), self.args.epsilon  # ρ, ε
+        ratio, eps = log_ratio.exp(), self.args.epsilon  # ρ (L, C, n), ε
         gain = torch.min(ratio * b["advantage"], ratio.clamp(1 - eps, 1 + eps) * b["advantage"])
         policy_loss = -mean_of(gain, b["weight"])
         entropy = mean_of(self.policy.joint(p.entropy(), b["mask"]), b["weight"])

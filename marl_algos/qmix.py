@@ -32,7 +32,7 @@ sum of its agents'. A dead agent enters the mixer as 0. A time limit is not term
 
 Result  the two-step game: 8.00, with the paper's tables to the second digit (6.93 6.93 7.92 7.92, then 7, or 0 1 1 8):
         --env-id envs.matrix_games --env-kwargs '{"game": "two_step"}' --total-timesteps 10000 --epsilon-end 1.0
-        QTRAN's game: 0, with -7.6 to -8.3 (-8 is exact) where A is played: task qmix__qtran of benchmark/tasks.py
+        tasks of benchmark/tasks.py: QTRAN's game 0; simple_spread -14.44, -15.60, -15.02 (it should reach -14)
 """
 
 import copy
