@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["gymnasium", "mpe2", "numpy", "tensorboard", "torch", "tqdm", "tyro"]
+# dependencies = ["gymnasium", "mpe2", "numpy", "pettingzoo", "tensorboard", "torch", "tqdm", "tyro"]
 # ///
 """MAPPO: multi-agent PPO, policies that see their own part and a value function that sees the whole.
 
@@ -61,6 +61,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 from gymnasium.spaces.utils import flatdim, flatten
+from pettingzoo.utils import AssertOutOfBoundsWrapper, ClipOutOfBoundsWrapper, OrderEnforcingWrapper
 from torch.distributions import Categorical, Normal
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -371,6 +372,9 @@ def make_parallel(env_id: str, env_kwargs: str, film: bool):
     try:
         kwargs = json.loads(env_kwargs) | ({"render_mode": "rgb_array"} if film else {})
         env = importlib.import_module(env_id).parallel_env(**kwargs)
+        guards = (OrderEnforcingWrapper, AssertOutOfBoundsWrapper, ClipOutOfBoundsWrapper)
+        while isinstance(getattr(env, "aec_env", None), guards):  # Team keeps what they check, and they take time
+            env.aec_env = env.aec_env.env
         if film:  # learn now whether it can be filmed
             importlib.import_module("moviepy")
             env.reset(seed=0)

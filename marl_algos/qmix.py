@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["gymnasium", "mpe2", "numpy", "tensorboard", "torch", "tqdm", "tyro"]
+# dependencies = ["gymnasium", "mpe2", "numpy", "pettingzoo", "tensorboard", "torch", "tqdm", "tyro"]
 # ///
 """QMIX: monotonic value function factorisation.
 
@@ -56,6 +56,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 from gymnasium.spaces.utils import flatdim, flatten
+from pettingzoo.utils import AssertOutOfBoundsWrapper, ClipOutOfBoundsWrapper, OrderEnforcingWrapper
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -81,7 +82,9 @@ class Args:
     td_lambda: float = 0.0
     """λ of line 14"""
     learning_rate: float = 5e-4
-    """Adam's step size"""
+    """Adam's first step size"""
+    anneal: bool = False
+    """let the step size fall to 0 in a straight line"""
     recurrent: bool = True
     """a GRU remembers; without, a layer of the same width looks at the last observation only"""
     hidden_dim: int = 64
@@ -169,7 +172,8 @@ class QMIX:
         self.identity = torch.eye(n, device=device)
         self.one_hot = F.pad(torch.eye(num_actions, device=device), (0, 0, 0, 1))  # its last row: no action yet
         self.parameters = [*self.agents.parameters(), *self.mixer.parameters()]
-        self.optimizer = torch.optim.Adam(self.parameters, lr=args.learning_rate, fused=True)
+        step_size = torch.tensor(args.learning_rate, device=device)  # a number would be compiled into the update
+        self.optimizer = torch.optim.Adam(self.parameters, lr=step_size, fused=True)
 
     def inputs(self, obs, last_action):
         """[o_i, last action of i, i] (..., n, input_dim): obs (..., n, obs_dim), last_action (..., n), -1 for none."""
@@ -273,6 +277,8 @@ def train(args: Args) -> dict:
     run.start(args.total_timesteps, replay=replay, **parts_of(agent))
     team.seed(args.seed + run.step)
     while run.step < args.total_timesteps:  # line 2
+        remaining = 1 - run.step / run.last if args.anneal else 1.0
+        agent.optimizer.param_groups[0]["lr"].fill_(args.learning_rate * remaining)
         decayed = min(1.0, run.step / args.epsilon_steps)
         episodes = play(team, agent, args.epsilon_start + decayed * (args.epsilon_end - args.epsilon_start))
         run.advance(int(team.lengths.sum()))
@@ -319,6 +325,9 @@ def make_parallel(env_id: str, env_kwargs: str, film: bool):
     try:
         kwargs = json.loads(env_kwargs) | ({"render_mode": "rgb_array"} if film else {})
         env = importlib.import_module(env_id).parallel_env(**kwargs)
+        guards = (OrderEnforcingWrapper, AssertOutOfBoundsWrapper, ClipOutOfBoundsWrapper)
+        while isinstance(getattr(env, "aec_env", None), guards):  # Team keeps what they check, and they take time
+            env.aec_env = env.aec_env.env
         if film:  # learn now whether it can be filmed
             importlib.import_module("moviepy")
             env.reset(seed=0)

@@ -11,8 +11,10 @@ import pytest
 import torch
 from conftest import load
 from gymnasium.spaces import Box, Dict, Discrete
+from mpe2 import simple_spread_v3
 from pettingzoo import ParallelEnv
 from pettingzoo.test import parallel_api_test, parallel_seed_test
+from pettingzoo.utils import AssertOutOfBoundsWrapper, BaseWrapper, OrderEnforcingWrapper, aec_to_parallel
 
 qmix = load("marl_algos/qmix.py")
 
@@ -267,6 +269,31 @@ def test_continuous_actions_are_clipped_and_padded():
     team.step(np.array([[[0.5, 2.0, -1.0, 9.0, 9.0], [0.1, 0.2, 0.3, 0.4, 7.0]]] * 2))
     assert heard[0]["speaker_0"].tolist() == [0.5, 1.0, 0.0]
     assert heard[0]["listener_0"] == pytest.approx([0.1, 0.2, 0.3, 0.4, 1.0])
+
+
+def test_pettingzoos_guards_are_taken_off_and_nothing_else(monkeypatch):
+    class Shifted(BaseWrapper):
+        def observe(self, agent):
+            return super().observe(agent) + 1
+
+    def shifted(**kwargs):
+        env = simple_spread_v3.raw_env(**kwargs)
+        return aec_to_parallel(OrderEnforcingWrapper(Shifted(AssertOutOfBoundsWrapper(env))))
+
+    plain = make_team("mpe2.simple_spread_v3")
+    assert plain.envs[0].aec_env is plain.envs[0].unwrapped
+    monkeypatch.setitem(sys.modules, "shifted", types.SimpleNamespace(parallel_env=shifted))
+    team = make_team("shifted")
+    assert isinstance(team.envs[0].aec_env, Shifted)
+    guarded = simple_spread_v3.parallel_env()
+    team.seed(3)
+    team.reset()
+    seen, _ = guarded.reset(seed=np.random.SeedSequence(3).generate_state(3).tolist()[0])
+    for action in range(5):
+        np.testing.assert_array_equal(team.obs[0], np.stack([*seen.values()]) + 1)
+        team.step(np.full((2, 3), action))
+        seen, rewards, *_ = guarded.step(dict.fromkeys(guarded.agents, action))
+        np.testing.assert_allclose(team.reward[0], [*rewards.values()], rtol=1e-6)
 
 
 def test_evaluation_disturbs_nothing_and_repeats_itself():

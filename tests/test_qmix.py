@@ -403,6 +403,21 @@ def test_loop_decays_epsilon_updates_twice_an_episode_and_copies_targets_in_time
     assert calls == expected
 
 
+@pytest.mark.parametrize("anneal, expected", [(True, [0.75, 0.5, 0.25]), (False, [1.0, 1.0, 1.0])])
+def test_the_step_size_falls_to_zero(anneal, expected, tmp_path, monkeypatch):
+    sizes = []
+
+    def watch(agent, **batch):
+        sizes.append(agent.optimizer.param_groups[0]["lr"].item() / agent.args.learning_rate)
+        return torch.zeros(())
+
+    monkeypatch.setattr(qmix.QMIX, "update", watch)
+    game = dict(env_id="envs.matrix_games", env_kwargs='{"game": "two_step"}', total_timesteps=8, num_envs=1)
+    settings = dict(batch_size=2, anneal=anneal, eval_every=0, eval_episodes=1, device="cpu", run_dir=str(tmp_path))
+    qmix.train(qmix.Args(**game, **settings))
+    assert sizes == pytest.approx(expected), "two steps each; too few episodes before the first update"
+
+
 # --- the whole --------------------------------------------------------------------------------------------------------
 
 
