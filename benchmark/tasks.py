@@ -404,7 +404,8 @@ TASKS = [
         "qmix__qtran",
         "marl_algos/qmix.py",
         """--env-id envs.matrix_games --env-kwargs '{"game": "qtran"}' --total-timesteps 5000 --epsilon-end 1.0 """
-        "--num-envs 2500 --target-every 2500 --batch-size 128 --learning-rate 0.001 --eval-episodes 1",
+        "--num-envs 2500 --target-every 2500 --buffer-size 12500 --batch-size 128 --learning-rate 0.001 --anneal "
+        "--eval-episodes 1",
         0,
         "Son et al. (2019): a monotone mixer ends at 0, though 8 is the optimum",
         5,
