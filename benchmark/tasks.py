@@ -403,7 +403,7 @@ TASKS = [
     Task(
         "qmix__qtran",
         "marl_algos/qmix.py",
-        """--env-id envs.matrix_games --env-kwargs '{"game": "qtran"}' --total-timesteps 5000 --epsilon-end 1.0 """
+        """--env-id envs.matrix_games --env-kwargs '{"game": "qtran"}' --total-timesteps 12500 --epsilon-end 1.0 """
         "--num-envs 2500 --target-every 2500 --buffer-size 12500 --batch-size 128 --learning-rate 0.001 --anneal "
         "--eval-episodes 1",
         0,
