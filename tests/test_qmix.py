@@ -448,7 +448,7 @@ def test_qmix_compile_compiles_the_update_that_the_loop_calls(tmp_path, monkeypa
 
 def learn(folder, game, capsys, **settings):
     """The final return, and the printed tables: [(Q_tot, payoff), ...]."""
-    args = dict(epsilon_end=1.0, target_every=50, eval_every=0, eval_episodes=1, device="cpu", **settings)
+    args = dict(epsilon_end=1.0, target_every=50, eval_every=0, eval_episodes=1, device="cpu") | settings
     args = qmix.Args(env_id="envs.matrix_games", env_kwargs=json.dumps(game), run_dir=str(folder), **args)
     result = qmix.train(args)
     printed = [line.split(": ", 1)[1] for line in capsys.readouterr().out.splitlines() if line.startswith("Q_tot")]
@@ -469,6 +469,14 @@ def test_a_monotone_mixer_fits_the_nonmonotone_game_of_qmix_4_by_least_squares(t
     value, [(table, payoff)] = learn(tmp_path, game, capsys, total_timesteps=1_000, learning_rate=2e-3)
     assert value == 8.0 and payoff == game["payoff"]
     assert np.array(table) == pytest.approx(np.array([[4 / 3, 4 / 3], [4 / 3, 8.0]]), abs=0.35)
+
+
+@pytest.mark.slow
+def test_qtrans_game_ends_at_0_with_minus_8_where_a_is_played(tmp_path, capsys):
+    settings = dict(total_timesteps=12_500, num_envs=2_500, target_every=2_500, buffer_size=12_500, batch_size=128)
+    value, [(table, _)] = learn(tmp_path, {"game": "qtran"}, capsys, learning_rate=1e-3, anneal=True, **settings)
+    assert value == 0
+    assert np.array(table) == pytest.approx(np.array([[-8, -8, -8], [-8, 0, 0], [-8, 0, 0]]), abs=0.3)
 
 
 BAD = {
