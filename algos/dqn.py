@@ -125,8 +125,7 @@ class DQN:
         self.args, self.num_actions, self.device = args, num_actions, device
         self.q = q_network(obs_shape, num_actions, args.hidden_sizes).to(device)  # line 2
         self.q_targ = copy.deepcopy(self.q).requires_grad_(False) if args.target_network else self.q
-        self.theta = as_one_parameter(list(self.q.parameters()))
-        self.optimizer = torch.optim.Adam([self.theta], lr=args.learning_rate, fused=True)
+        self.optimizer = torch.optim.Adam(self.q.parameters(), lr=args.learning_rate, fused=True)
 
     def epsilon(self, step: int) -> float:
         """From 1 to epsilon_end, linearly, over the first exploration_fraction of the run; then constant."""
@@ -134,6 +133,7 @@ class DQN:
         return max(1 + progress * (self.args.epsilon_end - 1), self.args.epsilon_end)
 
     def act(self, s: np.ndarray, epsilon: float = 0.0) -> int:
+        """An action for s (*obs_shape,)."""
         if epsilon and random.random() < epsilon:  # an evaluation must not move the stream of training's coins
             return random.randrange(self.num_actions)  # line 6
         with torch.inference_mode():
@@ -151,7 +151,7 @@ class DQN:
         q = self.q(s)
         q_a = q.gather(1, a).squeeze(1)  # (batch,)
         loss = F.smooth_l1_loss(q_a, y) if self.args.clip_error else (y - q_a).square().mean()  # line 13
-        self.theta.grad.zero_()
+        self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
         return loss.detach(), q.detach().amax(dim=1).mean()
@@ -169,15 +169,13 @@ def train(args: Args) -> dict:
     require(1 <= args.batch_size <= args.buffer_size, "batch_size must lie in [1, buffer_size]")
     require(0 <= args.gamma <= 1 and 0 <= args.epsilon_end <= 1, "gamma and epsilon_end must lie in [0, 1]")
     require(0 < args.exploration_fraction <= 1, "exploration_fraction must lie in (0, 1]")
-    require(args.learning_rate > 0 and 0 <= args.seed < 2**32, "learning_rate must be positive, seed in [0, 2**32)")
+    require(args.learning_rate > 0, "learning_rate must be positive")
     positive = (args.train_every, args.gradient_steps, args.target_every, *args.hidden_sizes)
     require(min(positive) >= 1, "train_every, gradient_steps, target_every and hidden_sizes must be positive")
     env = make_any_env(args.env_id, args.env_kwargs, training=True)
     obs_space, action_space = env.observation_space, env.action_space
     fits = isinstance(action_space, gym.spaces.Discrete) and action_space.start == 0
     require(fits, f"dqn needs Discrete actions from 0 on, {args.env_id} has {action_space}; td3 and ppo take others")
-    fits = isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) in (1, 4)
-    require(fits, f"dqn needs vectors or images of bytes, {args.env_id} has {obs_space}; q_learning takes Discrete")
     device = set_up_torch(args.seed, args.device, args.num_threads)
     agent = DQN(obs_space.shape, action_space.n, args, device)
     buffer = FrameReplay(args.buffer_size, obs_space, device)  # line 1
@@ -189,16 +187,18 @@ def train(args: Args) -> dict:
     run.start(args.total_timesteps, buffer=buffer, **parts_of(agent))
     random.seed(args.seed + run.step)
     s, _ = env.reset(seed=args.seed + run.step)  # line 4
+    buffer.begin(s)
     while run.step < args.total_timesteps:  # lines 3, 5
         a = agent.act(s, agent.epsilon(run.step))  # lines 6, 7
         s2, r, terminated, truncated, info = env.step(a)  # lines 8, 9
         run.advance()
-        buffer.add(s, a, r, s2, terminated)  # line 10
+        buffer.add(a, r, s2, terminated)  # line 10
         s = s2
         if "episode" in info:
             run.log_episode(info["episode"])
         if terminated or truncated:
             s, _ = env.reset()  # line 4
+            buffer.begin(s)
         if run.step > args.learning_starts and run.step % args.train_every == 0:
             for _ in range(args.gradient_steps):
                 loss, max_q = update(*buffer.sample(args.batch_size))  # lines 11-13
@@ -238,16 +238,6 @@ def mlp(*widths: int) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-def as_one_parameter(parameters: list) -> nn.Parameter:
-    """The parameters and their gradients become views of this one: one norm, one step, one message for all."""
-    one = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
-    one.grad = torch.zeros_like(one)
-    nn.utils.vector_to_parameters(one, parameters)
-    for parameter, gradient in zip(parameters, one.grad.split([p.numel() for p in parameters])):
-        parameter.grad = gradient.view_as(parameter)
-    return one
-
-
 class ImageFeatures(nn.Module):
     """Images of bytes (batch, stack, channels, height, width) -> features (batch, width)."""
 
@@ -284,7 +274,7 @@ class FrameReplay:
         self.frames = np.zeros((capacity, *frame), dtype)
         self.a_r_d = np.zeros((capacity, 3), np.float32)
         self.complete = np.zeros(capacity, bool)  # are all frames of slot i's s and s' there?
-        self.size, self.next, self.last_s2 = 0, 0, None
+        self.size, self.next = 0, 0
 
     def write(self, frame: np.ndarray):
         """Put a frame into the next slot, and give up the steps whose s had the frame that was there."""
@@ -294,12 +284,14 @@ class FrameReplay:
         self.next = (self.next + 1) % len(self.complete)
         self.size = min(self.size + 1, len(self.complete))
 
-    def add(self, s, a, r, s2, d):
-        """s is the very s2 of the last call, unless an episode begins."""
-        if s is not self.last_s2:
-            for frame in s.reshape(self.rows):
-                self.write(frame)
-        slot, self.last_s2 = self.next - 1, s2
+    def begin(self, s):
+        """An episode begins with s (*obs_shape,)."""
+        for frame in s.reshape(self.rows):
+            self.write(frame)
+
+    def add(self, a, r, s2, d):
+        """The step from the latest observation to s2 (*obs_shape,)."""
+        slot = self.next - 1
         self.write(s2.reshape(self.rows)[-1])
         self.a_r_d[slot] = a, r, d
         self.complete[slot] = True
@@ -379,8 +371,8 @@ def make_any_env(env_id: str, env_kwargs: str, film: Path | None = None, trainin
     """make_env; images become bytes (stack, channels, height, width), Atari's as Mnih et al. (2015) prepare them."""
     atari, minatar = env_id.startswith("ALE/") or "NoFrameskip" in env_id, env_id.startswith("MinAtar/")
     if atari:
-        fixed = "frameskip" in env_kwargs or "continuous" in env_kwargs
-        require(not fixed, "Atari games are prepared as in 2015: leave out frameskip and continuous")
+        fixed = any(word in env_kwargs for word in ("frameskip", "continuous", "obs_type"))
+        require(not fixed, "Atari games are prepared as in 2015: leave out frameskip, continuous and obs_type")
         optional("cv2", "opencv-python-headless")
         gym.register_envs(optional("ale_py", "ale-py"))
         if env_id in gym.registry:
@@ -398,6 +390,10 @@ def make_any_env(env_id: str, env_kwargs: str, film: Path | None = None, trainin
         scale = np.uint8(255 if space.dtype == bool else 1)
         env = gym.wrappers.TransformObservation(env, lambda x: np.moveaxis(x, 2, 0) * scale, bytes_space)
         env = gym.wrappers.FrameStackObservation(env, 1 if minatar else 4)
+    space = env.observation_space
+    axes = len(space.shape) if isinstance(space, gym.spaces.Box) else 0
+    fits = axes == 1 or (axes == 4 and space.dtype == np.uint8 and min(space.shape[2:]) >= 3)
+    require(fits, f"{env_id} has {space}; vectors and images of bytes fit, q_learning takes Discrete")
     return env
 
 
@@ -427,6 +423,7 @@ class Run:
     def __init__(self, script: str, args):
         require(min(args.total_timesteps, args.eval_episodes) >= 1, "total_timesteps, eval_episodes must be positive")
         require(min(args.eval_every, args.checkpoint_every) >= 0, "eval_every, checkpoint_every must not be negative")
+        require(0 <= args.seed < 2**32, "seed must lie in [0, 2**32)")
         if args.resume:
             settings = Path(args.resume) / "args.json"
             saved = json.loads(settings.read_text()) if settings.is_file() else {}
@@ -452,7 +449,7 @@ class Run:
                 old.unlink(missing_ok=True)
             (self.folder / "args.json").write_text(json.dumps({"script": self.script, **asdict(self.args)}, indent=1))
         elif checkpoint.exists():
-            state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+            state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=os.name == "posix")
             self.step, self.seconds, (cpu, *gpus) = state["step"], state["seconds"], state["rng"]
             torch.set_rng_state(cpu)
             torch.cuda.set_rng_state_all(gpus[: torch.cuda.device_count()])

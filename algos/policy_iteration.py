@@ -276,6 +276,7 @@ class ShortRun:
 
     def __init__(self, script: str, world: str, args):
         require(args.eval_episodes >= 1, "eval_episodes must be positive")
+        require(args.seed >= 0, "seed must not be negative")
         name = f"{world.replace('/', '-')}__{script}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
         self.script, self.args, self.folder = script, args, Path(args.run_dir or f"runs/{name}")
 

@@ -34,6 +34,7 @@ import random
 import sys
 import time
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import gymnasium as gym
@@ -237,7 +238,8 @@ def train(args: Args) -> dict:
         for t in range(args.num_steps):  # line 3
             with torch.inference_mode():
                 d.a[t] = agent.policy(agent.see(d.obs[t])).sample()
-            d.add(t, *envs.step(playable(d.a[t], action_space)))
+            for episode in d.add(t, *envs.step(playable(d.a[t], action_space))):
+                run.log_episode(episode)
         batch, explained = agent.targets(*d.tensors())  # lines 4, 5
         agent.optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - k / iterations if args.anneal else 1)
         parts = []
@@ -249,8 +251,8 @@ def train(args: Args) -> dict:
         names = ("policy", "value", "entropy", "kl", "kl_simple", "clip_fraction", "explained_variance")
         scalars = average_(torch.cat([torch.stack(parts).mean(dim=0), agent.change(*batch[:3]), explained[None]]))
         run.log({f"losses/{name}": scalar for name, scalar in zip(names, scalars)})
-        for episode in d.start(d.obs[-1]):
-            run.log_episode(episode)
+        run.flush()  # a loss that is not finite ends the run here, before the policy is asked for actions
+        d.start(d.obs[-1])
         run.evaluate_and_save(evaluation)
     return run.finish(evaluation)
 
@@ -290,7 +292,6 @@ def check_settings(args, processes: int):
     require(0 < args.epsilon < 1, "epsilon must lie in (0, 1)")
     require(min(args.learning_rate, args.max_grad_norm) > 0, "learning_rate and max_grad_norm must be positive")
     require(min(args.value_coef, args.entropy_coef) >= 0, "value_coef and entropy_coef must not be negative")
-    require(0 <= args.seed < 2**32, "seed must lie in [0, 2**32)")
 
 
 def join_processes(device: torch.device, processes: int) -> torch.device:
@@ -298,7 +299,8 @@ def join_processes(device: torch.device, processes: int) -> torch.device:
     if processes > 1:
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        distributed.init_process_group(backend, timeout=timedelta(days=7))  # an evaluation keeps the others waiting
         atexit.register(distributed.destroy_process_group)
     return device
 
@@ -403,21 +405,21 @@ class Rollout:
         self.a = torch.zeros(num_steps, size, math.prod(action_space.shape), dtype=action_type, device=device)
         self.r_ends = np.zeros((3, num_steps, size), dtype=np.float32)
 
-    def start(self, obs) -> list[dict]:
-        """Begin anew with the observations s_0; returns the episodes that ended since the last time."""
-        self.obs[0] = torch.as_tensor(obs)
-        episodes, self.episodes, self.cut = getattr(self, "episodes", []), [], {}
-        return episodes
+    def start(self, obs):
+        """Begin anew with the observations s_0 (N, *obs_shape)."""
+        self.obs[0], self.cut = torch.as_tensor(obs), {}
 
-    def add(self, t: int, obs, r, terminated, truncated, info: dict):
-        """What the environments answer to a[t]; where an episode ends, obs is already the next one's first."""
+    def add(self, t: int, obs, r, terminated, truncated, info: dict) -> list[dict]:
+        """What the environments answer to a[t]: obs (N, *obs_shape), the others (N,); returns the episodes that ended.
+
+        Where one did, obs is already the next one's first.
+        """
         self.obs[t + 1] = torch.as_tensor(obs)
         self.r_ends[:, t] = r, terminated, terminated | truncated
         for n in np.flatnonzero(truncated):
             self.cut[t, n] = torch.as_tensor(info["final_obs"][n], dtype=self.obs.dtype, device=self.obs.device)
         episode = info.get("final_info", {}).get("episode", {})
-        for n in np.flatnonzero(episode.get("_r", [])):
-            self.episodes.append({"r": episode["r"][n], "l": episode["l"][n]})
+        return [{"r": episode["r"][n], "l": episode["l"][n]} for n in np.flatnonzero(episode.get("_r", []))]
 
     def tensors(self) -> tuple:
         """obs (T + 1, N, *obs_shape), a (T, N, action_dim), r, terminated, done (T, N), cut."""
@@ -435,11 +437,9 @@ def make_envs(env_id: str, env_kwargs: str, num_envs: int, normalize_obs: bool) 
     makers = [lambda: make_any_env(env_id, env_kwargs, training=True)] * num_envs
     envs = gym.vector.SyncVectorEnv(makers, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
-    axes = len(obs_space.shape) if isinstance(obs_space, gym.spaces.Box) else 0
-    require(axes in (1, 4), f"{env_id} has {obs_space}; vectors and images of bytes fit, q_learning takes Discrete")
     fits = isinstance(action_space, (gym.spaces.Discrete, gym.spaces.MultiDiscrete, gym.spaces.Box))
     require(fits, f"{env_id} has {action_space}; Discrete, MultiDiscrete and Box actions fit")
-    require(axes == 1 or not normalize_obs, f"normalize_obs is for vectors, {env_id} has images")
+    require(len(obs_space.shape) == 1 or not normalize_obs, f"normalize_obs is for vectors, {env_id} has images")
     return envs
 
 
@@ -488,8 +488,8 @@ def make_any_env(env_id: str, env_kwargs: str, film: Path | None = None, trainin
     """make_env; images become bytes (stack, channels, height, width), Atari's as Mnih et al. (2015) prepare them."""
     atari, minatar = env_id.startswith("ALE/") or "NoFrameskip" in env_id, env_id.startswith("MinAtar/")
     if atari:
-        fixed = "frameskip" in env_kwargs or "continuous" in env_kwargs
-        require(not fixed, "Atari games are prepared as in 2015: leave out frameskip and continuous")
+        fixed = any(word in env_kwargs for word in ("frameskip", "continuous", "obs_type"))
+        require(not fixed, "Atari games are prepared as in 2015: leave out frameskip, continuous and obs_type")
         optional("cv2", "opencv-python-headless")
         gym.register_envs(optional("ale_py", "ale-py"))
         if env_id in gym.registry:
@@ -507,6 +507,10 @@ def make_any_env(env_id: str, env_kwargs: str, film: Path | None = None, trainin
         scale = np.uint8(255 if space.dtype == bool else 1)
         env = gym.wrappers.TransformObservation(env, lambda x: np.moveaxis(x, 2, 0) * scale, bytes_space)
         env = gym.wrappers.FrameStackObservation(env, 1 if minatar else 4)
+    space = env.observation_space
+    axes = len(space.shape) if isinstance(space, gym.spaces.Box) else 0
+    fits = axes == 1 or (axes == 4 and space.dtype == np.uint8 and min(space.shape[2:]) >= 3)
+    require(fits, f"{env_id} has {space}; vectors and images of bytes fit, q_learning takes Discrete")
     return env
 
 
@@ -536,6 +540,7 @@ class Run:
     def __init__(self, script: str, args):
         require(min(args.total_timesteps, args.eval_episodes) >= 1, "total_timesteps, eval_episodes must be positive")
         require(min(args.eval_every, args.checkpoint_every) >= 0, "eval_every, checkpoint_every must not be negative")
+        require(0 <= args.seed < 2**32, "seed must lie in [0, 2**32)")
         if args.resume:
             settings = Path(args.resume) / "args.json"
             saved = json.loads(settings.read_text()) if settings.is_file() else {}
@@ -561,7 +566,7 @@ class Run:
                 old.unlink(missing_ok=True)
             (self.folder / "args.json").write_text(json.dumps({"script": self.script, **asdict(self.args)}, indent=1))
         elif checkpoint.exists():
-            state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+            state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=os.name == "posix")
             self.step, self.seconds, (cpu, *gpus) = state["step"], state["seconds"], state["rng"]
             torch.set_rng_state(cpu)
             torch.cuda.set_rng_state_all(gpus[: torch.cuda.device_count()])
@@ -645,7 +650,7 @@ class SilentRun(Run):
     def start(self, last: int, **parts):
         self.step, checkpoint = 0, self.folder / "checkpoint.pt"
         if self.args.resume and checkpoint.exists():
-            state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+            state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=os.name == "posix")
             self.step = state["step"]
             for name, part in parts.items():
                 part.load_state_dict(state[name])
@@ -657,7 +662,7 @@ class SilentRun(Run):
     def nothing(self, *_):
         pass
 
-    log = log_episode = evaluate_and_save = finish = nothing
+    log = log_episode = flush = evaluate_and_save = finish = nothing
 
 
 if __name__ == "__main__":

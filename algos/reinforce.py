@@ -302,6 +302,7 @@ class Run:
     def __init__(self, script: str, args):
         require(min(args.total_timesteps, args.eval_episodes) >= 1, "total_timesteps, eval_episodes must be positive")
         require(min(args.eval_every, args.checkpoint_every) >= 0, "eval_every, checkpoint_every must not be negative")
+        require(0 <= args.seed < 2**32, "seed must lie in [0, 2**32)")
         if args.resume:
             settings = Path(args.resume) / "args.json"
             saved = json.loads(settings.read_text()) if settings.is_file() else {}
@@ -327,7 +328,7 @@ class Run:
                 old.unlink(missing_ok=True)
             (self.folder / "args.json").write_text(json.dumps({"script": self.script, **asdict(self.args)}, indent=1))
         elif checkpoint.exists():
-            state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+            state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=os.name == "posix")
             self.step, self.seconds, (cpu, *gpus) = state["step"], state["seconds"], state["rng"]
             torch.set_rng_state(cpu)
             torch.cuda.set_rng_state_all(gpus[: torch.cuda.device_count()])

@@ -185,10 +185,8 @@ def train(args: Args) -> dict:
     require(min(args.exploration_noise, args.target_noise, args.noise_clip) >= 0, "no noise may be negative")
     env = make_env(args.env_id, args.env_kwargs)
     obs_space, action_space = env.observation_space, env.action_space
-    require(
-        isinstance(action_space, gym.spaces.Box) and action_space.is_bounded() and len(action_space.shape) == 1,
-        f"td3 needs a bounded Box of actions, {args.env_id} has {action_space}; dqn and ppo take discrete ones",
-    )
+    fits = isinstance(action_space, gym.spaces.Box) and action_space.is_bounded() and len(action_space.shape) == 1
+    require(fits, f"td3 needs a bounded Box of actions, {args.env_id} has {action_space}; dqn, ppo take discrete ones")
     require(len(obs_space.shape or ()) == 1, f"td3 needs flat observations, {args.env_id} has {obs_space}")
     device = set_up_torch(args.seed, args.device, args.num_threads)
     agent = TD3(obs_space.shape[0], action_space.low, action_space.high, args, device)
@@ -323,6 +321,7 @@ class Run:
     def __init__(self, script: str, args):
         require(min(args.total_timesteps, args.eval_episodes) >= 1, "total_timesteps, eval_episodes must be positive")
         require(min(args.eval_every, args.checkpoint_every) >= 0, "eval_every, checkpoint_every must not be negative")
+        require(0 <= args.seed < 2**32, "seed must lie in [0, 2**32)")
         if args.resume:
             settings = Path(args.resume) / "args.json"
             saved = json.loads(settings.read_text()) if settings.is_file() else {}
@@ -348,7 +347,7 @@ class Run:
                 old.unlink(missing_ok=True)
             (self.folder / "args.json").write_text(json.dumps({"script": self.script, **asdict(self.args)}, indent=1))
         elif checkpoint.exists():
-            state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+            state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=os.name == "posix")
             self.step, self.seconds, (cpu, *gpus) = state["step"], state["seconds"], state["rng"]
             torch.set_rng_state(cpu)
             torch.cuda.set_rng_state_all(gpus[: torch.cuda.device_count()])

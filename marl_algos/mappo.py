@@ -339,6 +339,7 @@ def train(args: Args) -> dict:
             for b in D.minibatches(L, args.num_minibatches):  # lines 14, 16
                 names = ("policy", "entropy", "kl", "clip_fraction", "value")
                 run.log({f"losses/{name}": part for name, part in zip(names, agent.update(b))})  # lines 17-20
+        run.flush()  # a loss that is not finite ends the run here, before the policy is asked for actions
         run.evaluate_and_save(evaluation)
     return run.finish(evaluation)
 
@@ -420,7 +421,7 @@ class Team:
         self.obs_spaces = [s["observation"] if "action_mask" in getattr(s, "spaces", {}) else s for s in spaces]
         self.obs_dim, shapes = max(map(flatdim, self.obs_spaces)), {space.shape for space in self.obs_spaces}
         self.obs_shape = (shapes.pop() if len(shapes) == 1 else None) or (self.obs_dim,)
-        self.rows, self.heard = [{}] * num_envs, [{}] * num_envs  # of each copy: its part; everyone's legal actions
+        self.rows, self.others_legal = [{}] * num_envs, [{}] * num_envs  # by copy: its part; the others' masks
         self.returns, self.lengths = np.zeros(num_envs), np.zeros(num_envs, int)
         self.seed(0)
         self.reset()
@@ -456,7 +457,7 @@ class Team:
                 continue
             chosen = actions[e].tolist() if self.discrete else [a[:size] for a, size in zip(actions[e], self.sizes)]
             act = {agent: a for agent, a, live in zip(self.agents, chosen, acted[e]) if live}
-            act |= {a: self.others[a].sample(self.heard[e].get(a)) for a in self.others if a in env.agents}
+            act |= {a: self.others[a].sample(self.others_legal[e].get(a)) for a in self.others if a in env.agents}
             self.rows[e] = self.row(e, *env.step(act))
         self.stack()
         if self.reward_mode != "own":
@@ -475,7 +476,7 @@ class Team:
                 x = flatten(self.obs_spaces[i], seen[agent]["observation"] if agent in inside else seen[agent])
                 obs[i, : x.size] = x / 255 if x.dtype == np.uint8 else x
                 mask[i, : self.sizes[i]] = legal.get(agent, True)
-        self.heard[e] = {agent: np.asarray(legal[agent], np.int8) for agent in legal if agent in self.others}
+        self.others_legal[e] = {agent: np.asarray(legal[agent], np.int8) for agent in legal if agent in self.others}
         try:
             state, self.state_from = np.asarray(self.envs[e].state()), "state"
         except (AttributeError, NotImplementedError):
@@ -490,7 +491,7 @@ class Team:
         for name in self.rows[0]:
             kind = np.float32 if name in ("obs", "state", "reward") else bool
             setattr(self, name, np.array([row[name] for row in self.rows], kind))
-        self.terminated &= ~self.truncated
+        self.truncated &= ~self.terminated
         self.alive &= ~self.terminated & ~self.truncated
         self.done = ~self.alive.any(1)
 
@@ -552,7 +553,8 @@ def state_has_observations(team: Team) -> bool:
     """Does the state, as mpe2's, consist of the observations?"""
     team.seed(0)
     team.reset()
-    seen = [(np.trim_zeros(o, "b"), s) for obs, s in zip(team.obs, team.state) for o in obs]
+    sizes = [flatdim(space) for space in team.obs_spaces]  # what follows is padding
+    seen = [(o[:size], s) for obs, s in zip(team.obs, team.state) for o, size in zip(obs, sizes)]
     return all(o.tobytes() in s.tobytes() for o, s in seen)
 
 
@@ -588,7 +590,7 @@ class TeamRollout(dict):
     def minibatches(self, length: int, count: int):
         """The rollout's chunks in random order, in `count` parts; of hidden states (h_…) the first in each chunk."""
         index, filled = (torch.from_numpy(x).to(self.device) for x in chunks(self["over"].cpu().numpy(), length))
-        for chosen in torch.randperm(index.shape[1], device=self.device).chunk(count):
+        for chosen in torch.randperm(index.shape[1], device=self.device).tensor_split(count):
             steps = index[:, chosen]
             b = {k: x.flatten(0, 1)[steps[0] if k.startswith("h_") else steps] for k, x in self.items()}
             yield b | {"weight": b["alive"] * filled[:, chosen].unsqueeze(-1)}
@@ -643,6 +645,7 @@ class Run:
     def __init__(self, script: str, args):
         require(min(args.total_timesteps, args.eval_episodes) >= 1, "total_timesteps, eval_episodes must be positive")
         require(min(args.eval_every, args.checkpoint_every) >= 0, "eval_every, checkpoint_every must not be negative")
+        require(0 <= args.seed < 2**32, "seed must lie in [0, 2**32)")
         if args.resume:
             settings = Path(args.resume) / "args.json"
             saved = json.loads(settings.read_text()) if settings.is_file() else {}
@@ -668,7 +671,7 @@ class Run:
                 old.unlink(missing_ok=True)
             (self.folder / "args.json").write_text(json.dumps({"script": self.script, **asdict(self.args)}, indent=1))
         elif checkpoint.exists():
-            state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+            state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=os.name == "posix")
             self.step, self.seconds, (cpu, *gpus) = state["step"], state["seconds"], state["rng"]
             torch.set_rng_state(cpu)
             torch.cuda.set_rng_state_all(gpus[: torch.cuda.device_count()])

@@ -91,6 +91,8 @@ class Args:
     """width of the agents' network and of the hypernetworks"""
     mixing_dim: int = 32
     """width of Q_tot's hidden layer"""
+    normalize_state: bool = False
+    """LayerNorm of s for the mixer: where a state has no bounds, Q_tot else explodes far from what was seen"""
     buffer_size: int = 5_000
     """episodes that D holds"""
     batch_size: int = 32
@@ -145,15 +147,17 @@ class AgentNet(nn.Module):
 class Mixer(nn.Module):
     """Q_tot (...): q (..., n) and s (..., state_dim), mixed so that ∂Q_tot/∂Q_i ≥ 0 whatever s is."""
 
-    def __init__(self, n: int, state_dim: int, hidden_dim: int, mixing_dim: int):
+    def __init__(self, n: int, state_dim: int, hidden_dim: int, mixing_dim: int, normalize_state: bool = False):
         super().__init__()
         self.n, self.mixing_dim = n, mixing_dim
+        self.norm = nn.LayerNorm(state_dim) if normalize_state else nn.Identity()
         self.w1 = nn.Sequential(nn.Linear(state_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, n * mixing_dim))
         self.w2 = nn.Sequential(nn.Linear(state_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, mixing_dim))
         self.b1 = nn.Linear(state_dim, mixing_dim)
         self.b2 = nn.Sequential(nn.Linear(state_dim, mixing_dim), nn.ReLU(), nn.Linear(mixing_dim, 1))
 
     def forward(self, q, s):
+        s = self.norm(s)
         w1 = self.w1(s).abs().unflatten(-1, (self.n, self.mixing_dim))  # line 11
         w2 = self.w2(s).abs()
         z = F.elu((q.unsqueeze(-1) * w1).sum(-2) + self.b1(s))  # line 12
@@ -166,7 +170,8 @@ class QMIX:
     def __init__(self, n: int, obs_dim: int, state_dim: int, num_actions: int, args: Args, device: torch.device):
         self.args, self.n, self.num_actions, self.device = args, n, num_actions, device
         self.agents = AgentNet(obs_dim + num_actions + n, args.hidden_dim, num_actions, args.recurrent).to(device)
-        self.mixer = Mixer(n, state_dim, args.hidden_dim, args.mixing_dim).to(device)  # line 1
+        sizes = (n, state_dim, args.hidden_dim, args.mixing_dim)
+        self.mixer = Mixer(*sizes, args.normalize_state).to(device)  # line 1
         self.agents_targ = copy.deepcopy(self.agents).requires_grad_(False)
         self.mixer_targ = copy.deepcopy(self.mixer).requires_grad_(False)
         self.identity = torch.eye(n, device=device)
@@ -291,8 +296,8 @@ def train(args: Args) -> dict:
         if replay.added % args.target_every < args.num_envs:
             agent.update_targets()
         run.evaluate_and_save(evaluation)
-    if hasattr(team.envs[0], "show"):  # a matrix game compares what was learnt with its payoffs
-        team.envs[0].show(agent.table)
+    if hasattr(team.envs[0], "show_q_tot"):  # a matrix game compares what was learnt with its payoffs
+        team.envs[0].show_q_tot(agent.table)
     return run.finish(evaluation)
 
 
@@ -373,7 +378,7 @@ class Team:
         self.obs_spaces = [s["observation"] if "action_mask" in getattr(s, "spaces", {}) else s for s in spaces]
         self.obs_dim, shapes = max(map(flatdim, self.obs_spaces)), {space.shape for space in self.obs_spaces}
         self.obs_shape = (shapes.pop() if len(shapes) == 1 else None) or (self.obs_dim,)
-        self.rows, self.heard = [{}] * num_envs, [{}] * num_envs  # of each copy: its part; everyone's legal actions
+        self.rows, self.others_legal = [{}] * num_envs, [{}] * num_envs  # by copy: its part; the others' masks
         self.returns, self.lengths = np.zeros(num_envs), np.zeros(num_envs, int)
         self.seed(0)
         self.reset()
@@ -409,7 +414,7 @@ class Team:
                 continue
             chosen = actions[e].tolist() if self.discrete else [a[:size] for a, size in zip(actions[e], self.sizes)]
             act = {agent: a for agent, a, live in zip(self.agents, chosen, acted[e]) if live}
-            act |= {a: self.others[a].sample(self.heard[e].get(a)) for a in self.others if a in env.agents}
+            act |= {a: self.others[a].sample(self.others_legal[e].get(a)) for a in self.others if a in env.agents}
             self.rows[e] = self.row(e, *env.step(act))
         self.stack()
         if self.reward_mode != "own":
@@ -428,7 +433,7 @@ class Team:
                 x = flatten(self.obs_spaces[i], seen[agent]["observation"] if agent in inside else seen[agent])
                 obs[i, : x.size] = x / 255 if x.dtype == np.uint8 else x
                 mask[i, : self.sizes[i]] = legal.get(agent, True)
-        self.heard[e] = {agent: np.asarray(legal[agent], np.int8) for agent in legal if agent in self.others}
+        self.others_legal[e] = {agent: np.asarray(legal[agent], np.int8) for agent in legal if agent in self.others}
         try:
             state, self.state_from = np.asarray(self.envs[e].state()), "state"
         except (AttributeError, NotImplementedError):
@@ -443,7 +448,7 @@ class Team:
         for name in self.rows[0]:
             kind = np.float32 if name in ("obs", "state", "reward") else bool
             setattr(self, name, np.array([row[name] for row in self.rows], kind))
-        self.terminated &= ~self.truncated
+        self.truncated &= ~self.terminated
         self.alive &= ~self.terminated & ~self.truncated
         self.done = ~self.alive.any(1)
 
@@ -522,6 +527,7 @@ class Run:
     def __init__(self, script: str, args):
         require(min(args.total_timesteps, args.eval_episodes) >= 1, "total_timesteps, eval_episodes must be positive")
         require(min(args.eval_every, args.checkpoint_every) >= 0, "eval_every, checkpoint_every must not be negative")
+        require(0 <= args.seed < 2**32, "seed must lie in [0, 2**32)")
         if args.resume:
             settings = Path(args.resume) / "args.json"
             saved = json.loads(settings.read_text()) if settings.is_file() else {}
@@ -547,7 +553,7 @@ class Run:
                 old.unlink(missing_ok=True)
             (self.folder / "args.json").write_text(json.dumps({"script": self.script, **asdict(self.args)}, indent=1))
         elif checkpoint.exists():
-            state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+            state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=os.name == "posix")
             self.step, self.seconds, (cpu, *gpus) = state["step"], state["seconds"], state["rng"]
             torch.set_rng_state(cpu)
             torch.cuda.set_rng_state_all(gpus[: torch.cuda.device_count()])

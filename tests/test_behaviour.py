@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 
 import pytest
@@ -27,6 +28,7 @@ IMPOSSIBLE = [  # a setting, a value it must not have
     ("learning_starts", 400),
     ("learning_starts", -1),
     ("num_envs", 0),
+    ("seed", -1),
     ("env_kwargs", "{"),
     ("env_kwargs", '{"no_such_argument": 1}'),
     ("resume", "nowhere"),
@@ -129,6 +131,16 @@ def test_refuses_impossible_settings(script, tmp_path, capsys):
     for name, value in IMPOSSIBLE:
         if name in fields(script):
             refused(script, tmp_path, capsys, **{name: value})
+
+
+@pytest.mark.parametrize("script", [script for script in RESUMABLE if "learning_rate" in fields(script)])
+def test_a_loss_that_is_not_finite_ends_the_run_with_one_line(script, tmp_path, capsys):
+    module = load(script)
+    with pytest.raises(SystemExit) as error:
+        module.train(module.Args(**small_args(script, run_dir=str(tmp_path), learning_rate=1e30)))
+    line = capsys.readouterr().err
+    assert error.value.code == 2 and line.count("\n") == 1
+    assert re.match(r"error: losses/\w+ is (nan|-?inf) at step \d+; the last good checkpoint", line), line
 
 
 @pytest.mark.parametrize("script", [script for script in SCRIPTS if "env_id" in fields(script)])

@@ -107,7 +107,7 @@ def test_line_13_in_the_form_of_2015_clips_the_error():
     assert (error.abs() > 1).any() and (error.abs() < 1).any()
     q_a = agent.q(s).gather(1, a).squeeze(1)
     expected = torch.autograd.grad(q_a, list(agent.q.parameters()), error.clamp(-1, 1) / len(r))
-    agent.optimizer = SimpleNamespace(step=lambda: None)
+    agent.optimizer = SimpleNamespace(zero_grad=agent.optimizer.zero_grad, step=lambda: None)
     agent.update(s, a, r, s2, d)
     for parameter, g in zip(agent.q.parameters(), expected, strict=True):
         assert torch.allclose(parameter.grad, g, atol=1e-6)
@@ -202,11 +202,12 @@ def walk(space: Box, capacity: int, lengths, terminal=lambda episode: episode % 
         number += 1
         frames = [number] * stack
         s = observation(frames)
+        replay.begin(s)
         for t in range(length):
             number += 1
             frames.append(number)
             s2, a, r, d = observation(frames), number % 3, number / 2, float(t == length - 1 and terminal(episode))
-            replay.add(s, a, r, s2, d)
+            replay.add(a, r, s2, d)
             transitions.append((s.copy(), a, r, s2.copy(), d))
             s = s2
             yield replay, transitions
@@ -240,6 +241,19 @@ def test_replay_yields_the_latest_transitions_past_the_end_of_the_ring(space, ca
         if len(found) > 5:
             assert counts.min() > 0.5 * counts.float().mean(), "uniform"
     assert replay.size == capacity and len(found) >= min(7, capacity - 2 * stack)
+
+
+def test_replay_keeps_episodes_apart_if_the_environment_reuses_its_array():
+    replay, s = dqn.FrameReplay(20, Box(-1, 999, (1,), np.float32), CPU), np.zeros(1, np.float32)
+    for first in (100, 200):
+        s[0] = first
+        replay.begin(s)
+        for _ in range(3):
+            s += 1
+            replay.add(0, 0.0, s, 0.0)
+    s, *_, s2, _ = replay.sample(200)
+    pairs = {(x.item(), y.item()) for x, y in zip(s, s2)}
+    assert pairs == {(first + t, first + t + 1) for first in (100, 200) for t in range(3)}
 
 
 def test_replay_keeps_each_frame_once():
@@ -285,7 +299,8 @@ def test_replay_is_saved_and_loaded(space, capacity, tmp_path):
     assert contents(other, space)[0] == contents(replay, space)[0]
     before = contents(other, space)[0]
     s, _, _, s2, _ = transitions[-1]
-    other.add(s2, 1, 0.5, s, 1.0)  # the interrupted episode is not continued: what follows is a new one
+    other.begin(s2)  # the interrupted episode is not continued: what follows is a new one
+    other.add(1, 0.5, s, 1.0)
     new = contents(other, space)[0] - before
     assert new == {as_row(s2, 1, 0.5, s, 1.0)} if space is VECTORS else len(new) == 1
     assert other.next == (replay.next + (5 if space is IMAGES else 2)) % capacity
@@ -360,13 +375,33 @@ class Recorder(gym.Env):
 gym.register("Recorder-v0", Recorder, disable_env_checker=True)
 
 
+class Strange(gym.Env):
+    """Four axes, but not images of bytes that a convolution could see."""
+
+    action_space = Discrete(2)
+
+    def __init__(self, space, render_mode=None):
+        self.observation_space = space
+
+    def reset(self, seed=None, options=None):
+        return self.observation_space.sample(), {}
+
+
+gym.register("Floats-v0", Strange, kwargs={"space": Box(0, 255, (4, 1, 40, 40), np.float32)})
+gym.register("Tiny-v0", Strange, kwargs={"space": Box(0, 255, (2, 2, 1), np.uint8)})
+
+
 def test_the_loop_stores_what_it_saw_and_learns_when_it_is_time(tmp_path, monkeypatch):
     Recorder.count, Recorder.log = 0, []
     stored, events, steps = [], [], lambda: sum(entry[0] != "reset" for entry in Recorder.log)
 
-    def add(self, s, a, r, s2, d):
-        stored.append((s.item(), a, r, s2.item(), d))
+    latest = []
 
+    def add(self, a, r, s2, d):
+        stored.append((latest[-1], a, r, s2.item(), d))
+        latest.append(s2.item())
+
+    monkeypatch.setattr(dqn.FrameReplay, "begin", lambda self, s: latest.append(s.item()))
     monkeypatch.setattr(dqn.FrameReplay, "add", add)
     monkeypatch.setattr(dqn.FrameReplay, "sample", lambda self, size: events.append((steps(), f"sample {size}")) or ())
     monkeypatch.setattr(
@@ -415,6 +450,10 @@ def test_an_evaluation_sums_the_rewards_of_the_same_episodes():
     assert [e[1] for e in Recorder.log if e[0] == "reset"] == [10_000, 10_001, 10_002]
 
 
+def test_an_evaluation_leaves_an_endless_episode():
+    assert dqn.evaluate(lambda s: 0, Drip(), 2, max_steps=5) == [5.0, 5.0]
+
+
 def test_a_resumed_run_draws_anew_and_begins_an_episode(tmp_path, monkeypatch):
     Recorder.count, Recorder.log, seeds, original = 0, [], [], gym.Wrapper.step
     monkeypatch.setattr(dqn.random, "seed", seeds.append)
@@ -438,18 +477,18 @@ def test_a_resumed_run_draws_anew_and_begins_an_episode(tmp_path, monkeypatch):
 class Game(gym.Env):
     """Stands in for an Atari game: four lives, one lost at every third step; rewards 5, -2, 0 in turn."""
 
-    observation_space, action_space = Box(0, 255, (2, 2, 1), np.uint8), Discrete(2)
+    observation_space, action_space = Box(0, 255, (3, 3, 1), np.uint8), Discrete(2)
 
     def reset(self, seed=None, options=None):
         self.t, self.lives = 0, 4
         self.ale = SimpleNamespace(lives=lambda: self.lives)
-        return np.full((2, 2, 1), self.t, np.uint8), {}
+        return np.full((3, 3, 1), self.t, np.uint8), {}
 
     def step(self, action):
         self.t += 1
         self.lives -= self.t % 3 == 0
         reward = (5.0, -2.0, 0.0)[(self.t - 1) % 3]
-        return np.full((2, 2, 1), self.t, np.uint8), reward, self.lives == 0, False, {}
+        return np.full((3, 3, 1), self.t, np.uint8), reward, self.lives == 0, False, {}
 
 
 def test_atari_training_clips_rewards_and_ends_episodes_with_lives():
@@ -509,6 +548,14 @@ def test_atari_is_prepared_as_in_2015(env_id):
         env = env.env
 
 
+def test_images_of_bytes_keep_their_values(monkeypatch):
+    monkeypatch.setattr(dqn, "make_env", lambda *_: Game())
+    env = dqn.make_any_env("Game-v0", "{}")
+    env.reset(seed=1)
+    obs, *_ = env.step(0)
+    assert obs.shape == (4, 1, 3, 3) and (obs[-1] == 1).all()
+
+
 def test_vectors_stay_as_they_are():
     env = dqn.make_any_env("CartPole-v1", "{}", training=True)
     assert env.observation_space.shape == (4,) and type(env) is gym.wrappers.RecordEpisodeStatistics
@@ -527,7 +574,10 @@ def test_vectors_stay_as_they_are():
         (dict(env_id="BrakeoutNoFrameskip-v4"), "cannot make BrakeoutNoFrameskip-v4"),
         (dict(env_id="ALE/Pong-v5", env_kwargs='{"frameskip": 4}'), "leave out frameskip"),
         (dict(env_id="PongNoFrameskip-v4", env_kwargs='{"frameskip": 1}'), "leave out frameskip"),
-        (dict(env_id="ALE/Pong-v5", env_kwargs='{"continuous": true}'), "leave out frameskip and continuous"),
+        (dict(env_id="ALE/Pong-v5", env_kwargs='{"continuous": true}'), "leave out frameskip"),
+        (dict(env_id="ALE/Pong-v5", env_kwargs='{"obs_type": "ram"}'), "leave out frameskip, continuous and obs_type"),
+        (dict(env_id="Floats-v0"), "vectors and images of bytes fit"),
+        (dict(env_id="Tiny-v0"), "vectors and images of bytes fit"),
         (dict(env_id="ALE/Pong-v5", env_kwargs='{"mode": 99}'), "cannot make ALE/Pong-v5: Invalid game mode"),
         (dict(env_id="ALE/Pong-v5", env_kwargs="[1]"), "cannot make ALE/Pong-v5"),
         (dict(env_kwargs="[1]"), "cannot make CartPole-v1"),
@@ -546,8 +596,8 @@ def test_vectors_stay_as_they_are():
         (dict(target_every=0), "target_every"),
         (dict(hidden_sizes=[64, 0]), "hidden_sizes"),
         (dict(learning_rate=0.0), "learning_rate"),
-        (dict(seed=-1), "seed in [0, 2**32)"),
-        (dict(seed=2**32), "seed in [0, 2**32)"),
+        (dict(seed=-1), "seed must lie in [0, 2**32)"),
+        (dict(seed=2**32), "seed must lie in [0, 2**32)"),
     ],
 )
 def test_bad_input_ends_with_one_line(settings, words, tmp_path, capsys):

@@ -82,7 +82,7 @@ class Scripted(ParallelEnv):
         over = self.t == self.limit
         self.agents = [] if over else [a for a in acted if not dies[a]]
         rewards = {a: {"red_0": 1.0, "red_1": 4.0, "blue_0": 100.0}[a] * self.t for a in acted}
-        return seen, rewards, dies, {a: over and not dies[a] for a in acted}, infos
+        return seen, rewards, dies, {a: over for a in acted}, infos
 
 
 @pytest.fixture
@@ -169,6 +169,14 @@ def test_death_time_limit_and_end_are_kept_apart(scripted):
         "true last ones; the dead see nothing"
     )
     assert not team.mask[0, 0].any() and team.mask[0, 1].any()
+
+
+def test_a_death_at_the_time_limit_is_a_death(scripted):
+    team = make_team("scripted", copies=1, limit=2)
+    for _ in range(2):
+        team.step(legal_actions(team))
+    assert team.done.all() and team.terminated[0].tolist() == [True, False, False]
+    assert team.truncated[0].tolist() == [False, True, True]
 
 
 def test_a_finished_copy_rests_while_the_others_go_on(scripted):

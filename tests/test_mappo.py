@@ -244,7 +244,7 @@ def test_chunks_hold_every_step_once_and_cross_no_end():
     assert index.max() < 21 and index[filled == 0].sum() == 0
 
 
-@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("count", [1, 3, 4])
 def test_minibatches_share_out_the_chunks_with_their_first_hidden_states(count):
     D = mappo.TeamRollout(6, torch.device("cpu"))
     for t in range(6):
@@ -256,8 +256,9 @@ def test_minibatches_share_out_the_chunks_with_their_first_hidden_states(count):
             alive=np.ones((2, 1), bool),
             over=np.array([t == 1, False]),
         )
-    seen = []
-    for b in D.minibatches(2, count):
+    seen, parts = [], list(D.minibatches(2, count))
+    assert len(parts) == count
+    for b in parts:
         for c in range(b["o"].shape[1]):
             steps = b["o"][:, c, 0][b["weight"][:, c, 0] > 0].tolist()
             assert b["h_pi"][c].item() == -steps[0]
@@ -449,7 +450,7 @@ def test_line_20_steps_both_networks_from_zeroed_gradients():
 
 
 @pytest.mark.parametrize("anneal, expected", [(True, [1.0, 2 / 3, 1 / 3]), (False, [1.0, 1.0, 1.0])])
-def test_the_step_size_falls_to_zero(anneal, expected, monkeypatch):
+def test_the_step_size_falls_to_zero(anneal, expected, tmp_path, monkeypatch):
     sizes, update = [], mappo.MAPPO.update
 
     def watch(self, b):
@@ -457,7 +458,7 @@ def test_the_step_size_falls_to_zero(anneal, expected, monkeypatch):
         return update(self, b)
 
     monkeypatch.setattr(mappo.MAPPO, "update", watch)
-    rollout_of(dict(num_envs=2, num_steps=4, update_epochs=1, anneal=anneal), rounds=3)
+    rollout_of(dict(num_envs=2, num_steps=4, update_epochs=1, anneal=anneal, run_dir=str(tmp_path)), rounds=3)
     assert sizes == pytest.approx(expected)
 
 
@@ -472,7 +473,7 @@ def test_mappo_compiled_update_is_the_update():
             torch.testing.assert_close(list(net.parameters()), list(other.parameters()))
 
 
-def test_mappo_compile_compiles_the_loss_that_the_update_calls(monkeypatch):
+def test_mappo_compile_compiles_the_loss_that_the_update_calls(tmp_path, monkeypatch):
     compiled, calls = [], []
 
     def compile(function, **options):
@@ -480,7 +481,7 @@ def test_mappo_compile_compiles_the_loss_that_the_update_calls(monkeypatch):
         return lambda b: calls.append(b) or function(b)
 
     monkeypatch.setattr(torch, "compile", compile)
-    settings = dict(num_envs=2, num_steps=4, update_epochs=3)
+    settings = dict(num_envs=2, num_steps=4, update_epochs=3, run_dir=str(tmp_path))
     rollout_of(settings)
     assert not compiled
     rollout_of(settings | dict(compile=True), rounds=2)
@@ -608,6 +609,49 @@ def test_value_input_has_the_state_and_what_it_lacks_but_nothing_twice():
 def test_mpe_states_contain_the_observations(module):
     args = mappo.Args(env_id=f"mpe2.{module}", team="adversary" if "tag" in module else "")
     assert mappo.state_has_observations(mappo.Team(args, 2))
+
+
+def test_a_state_that_only_looks_like_the_observations_does_not_replace_them():
+    team = SimpleNamespace(seed=lambda seed: None, reset=lambda: None, obs_spaces=[Box(0, 1, (3,)), Box(0, 1, (2,))])
+    team.obs = np.array([[[0.5, 1, 0], [1, 0, 0]]], np.float32)
+    for state, contains in (([0.5, 1, 0, 1, 0], True), ([1, 0, 0.5, 1, 0], True), ([0.5, 1, 2, 1, 0], False)):
+        team.state = np.array([state], np.float32)
+        assert mappo.state_has_observations(team) == contains
+
+
+@pytest.mark.parametrize("recurrent", [True, False])
+def test_networks_by_their_weights(recurrent):
+    """LayerNorm, then twice Linear, ReLU, LayerNorm; a GRU and LayerNorm if it remembers; Linear."""
+    torch.manual_seed(0)
+    net = mappo.Net(5, 8, 3, 1.0, recurrent)
+    for parameter in net.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    p, x, h = dict(net.named_parameters()), torch.randn(4, 2, 3, 5), torch.randn(2, 3, 8)
+
+    def norm(z, name):
+        z = (z - z.mean(-1, keepdim=True)) / (z.var(-1, keepdim=True, correction=0) + 1e-5).sqrt()
+        return z * p[f"{name}.weight"] + p[f"{name}.bias"]
+
+    def linear(z, name):
+        return z @ p[f"{name}.weight"].T + p[f"{name}.bias"]
+
+    z = norm(x, "encode.0")
+    for first, second in (("encode.1", "encode.3"), ("encode.4", "encode.6")):
+        z = norm(linear(z, first).clamp(min=0), second)
+    last = h
+    if recurrent:
+        steps = []
+        for z_t in z:
+            gates = z_t @ p["gru.weight_ih_l0"].T + p["gru.bias_ih_l0"]
+            from_h = last @ p["gru.weight_hh_l0"].T + p["gru.bias_hh_l0"]
+            reset, update = (gates[..., :16] + from_h[..., :16]).sigmoid().chunk(2, -1)
+            candidate = (gates[..., 16:] + reset * from_h[..., 16:]).tanh()
+            last = (1 - update) * candidate + update * last
+            steps.append(last)
+        z = norm(torch.stack(steps), "norm")
+    y, h_last = net(x, h)
+    torch.testing.assert_close(y, linear(z, "head"))
+    torch.testing.assert_close(h_last, last)
 
 
 def test_continuous_actions_count_the_real_numbers_only_and_reach_the_bounds():

@@ -10,7 +10,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, equal, load
+from conftest import ROOT, equal, load, scalars
 
 ppo = load("algos/ppo.py")
 CPU = torch.device("cpu")
@@ -66,6 +66,22 @@ class Bytes(gym.Env):
 
 for env in (Countdown, Bytes):
     gym.register(f"{env.__name__}-v0", env)
+
+
+class Strange(gym.Env):
+    """Four axes, but not images of bytes that a convolution could see."""
+
+    action_space = gym.spaces.Discrete(2)
+
+    def __init__(self, space, render_mode=None):
+        self.observation_space = space
+
+    def reset(self, seed=None, options=None):
+        return self.observation_space.sample(), {}
+
+
+gym.register("PpoFloats-v0", Strange, kwargs={"space": gym.spaces.Box(0, 255, (4, 1, 40, 40), np.float32)})
+gym.register("PpoTiny-v0", Strange, kwargs={"space": gym.spaces.Box(0, 255, (2, 2, 1), np.uint8)})
 
 
 def agent_for(action_space=None, obs_shape=VECTOR, **settings):
@@ -207,6 +223,17 @@ def test_ppo_takes_vectors_of_bytes_as_numbers():
     assert ppo.Rollout(4, envs, CPU).obs.dtype == torch.float32
     envs.single_observation_space = gym.spaces.Box(0, 255, (4, 1, 84, 84), np.uint8)
     assert ppo.Rollout(4, envs, CPU).obs.dtype == torch.uint8
+
+
+def test_ppo_logs_each_measure_under_its_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(ppo.PPO, "update", lambda self, *batch: torch.tensor([1.0, 2.0, 3.0]))
+    monkeypatch.setattr(ppo.PPO, "change", lambda self, *batch: torch.tensor([4.0, 5.0, 6.0]))
+    targets = ppo.PPO.targets
+    monkeypatch.setattr(ppo.PPO, "targets", lambda self, *d: (targets(self, *d)[0], torch.tensor(7.0)))
+    train(tmp_path)
+    names = ("policy", "value", "entropy", "kl", "kl_simple", "clip_fraction", "explained_variance")
+    logged = scalars(tmp_path)
+    assert [{value for _, value in logged[f"losses/{name}"]} for name in names] == [{float(k)} for k in range(1, 8)]
 
 
 def test_ppo_environments_that_vectorise_themselves_do_not_have_the_semantics_that_the_rollout_needs():
@@ -491,6 +518,25 @@ def test_ppo_rewards_are_divided_by_the_deviation_of_discounted_returns():
         np.testing.assert_allclose(scaled, np.clip(r / np.std(seen), -10, 10), rtol=1e-5)
 
 
+def test_ppo_learns_from_the_scaled_rewards():
+    agent, returns, seen = agent_for(normalize_reward=True, gamma=0.9, lam=0.5), np.zeros(2), []
+    for _ in range(2):
+        obs, r, v_of = torch.randn(7, 2, 3), torch.randn(6, 2), lambda s: agent.value(s).squeeze(-1)
+        terminated, done = torch.zeros(6, 2), torch.zeros(6, 2)
+        terminated[2, 0] = done[2, 0] = done[4, 1] = 1  # an end, and a time limit
+        last = torch.randn(3)
+        _, _, _, _, r_to_go = agent.targets(obs, torch.zeros(6, 2, 1).long(), r, terminated, done, {(4, 1): last})[0]
+        for t in range(6):
+            returns = 0.9 * returns + r[t].numpy()
+            seen.append(returns)
+            returns = np.where(done[t], 0, returns)
+        with torch.no_grad():
+            v2 = v_of(obs[1:]).clone()
+            v2[4, 1] = v_of(last)
+            advantage = ppo.gae(r / np.std(seen), v_of(obs[:-1]), v2, terminated, done, 0.9, 0.5)
+            torch.testing.assert_close(r_to_go, (advantage + v_of(obs[:-1])).float().flatten(), atol=1e-5, rtol=1e-4)
+
+
 def test_ppo_normalises_observations_by_what_came_before_saves_that_and_freezes_it(tmp_path, monkeypatch):
     seen, original = [], ppo.PPO.targets
 
@@ -550,27 +596,57 @@ def test_ppo_extreme_values_are_clipped_after_normalising():
 # --- processes, compilation, bad input --------------------------------------------------------------------------------
 
 WORKER = """
-import os, sys
+import atexit, os, sys
 import gymnasium, torch
 sys.path.insert(0, sys.argv[1])
 import ppo
 
 rank = int(os.environ["RANK"])
 settings = dict(num_envs=4, num_steps=16, num_minibatches=2, total_timesteps=128, eval_every=0, eval_episodes=1)
-settings |= dict(env_id="Pendulum-v1", normalize_obs=True, normalize_reward=True, device="cpu", run_dir="run")
-agents, original = [], ppo.PPO.__init__
-ppo.PPO.__init__ = lambda self, *rest: agents.append(self) or original(self, *rest)
-seeds, reset = [], gymnasium.vector.SyncVectorEnv.reset
+settings |= dict(env_id="Pendulum-v1", normalize_obs=True, normalize_reward=True, device="cpu", checkpoint_every=64)
+agents, seeds, starts, batches, stop_at = [], [], [], [], None
+init, reset, targets = ppo.PPO.__init__, gymnasium.vector.SyncVectorEnv.reset, ppo.PPO.targets
+
+def watched_start(self, *last, start=(ppo.SilentRun if rank else ppo.Run).start, **parts):
+    start(self, *last, **parts)
+    starts.append(self.step)
+
+def watched_targets(self, *d):
+    if len(batches) == stop_at:
+        raise KeyboardInterrupt
+    batches.append(targets(self, *d)[0])
+    return batches[-1], torch.zeros(())
+
+def train(**given):
+    ppo.train(ppo.Args(**given))
+    return [part.state_dict() for part in ppo.parts_of(agents[-1]).values()]
+
+meet = torch.distributed.init_process_group  # once for all trainings
+torch.distributed.init_process_group = lambda *a, **k: torch.distributed.is_initialized() or meet(*a, **k)
+atexit.register = lambda *_: None
+(ppo.SilentRun if rank else ppo.Run).start = watched_start
+ppo.PPO.__init__ = lambda self, *rest: agents.append(self) or init(self, *rest)
+ppo.PPO.targets = watched_targets
 gymnasium.vector.SyncVectorEnv.reset = lambda self, seed: seeds.append(seed) or reset(self, seed=seed)
-ppo.train(ppo.Args(**settings))
-assert seeds == [1 + 2 * rank], "of environments 1, 2 here and 3, 4 there"
-torch.save([part.state_dict() for part in ppo.parts_of(agents[0]).values()], f"trained{rank}.pt")
+trained = train(**settings, run_dir="run")
+_, a, _, advantage, _ = batches[0]
+stop_at = 3
+try:
+    train(**settings, run_dir="stopped")
+except KeyboardInterrupt:
+    stop_at = None
+torch.distributed.barrier()  # the checkpoint is there
+resumed = train(resume="stopped")
+assert starts == [0, 0, 64] and seeds == [1 + 2 * rank, 1 + 2 * rank, 65 + 2 * rank], "environments 1, 2 and 3, 4"
+torch.save([trained, resumed, a, advantage], f"trained{rank}.pt")
 torch.manual_seed(0)
 agent, moments = ppo.PPO((3,), gymnasium.spaces.Discrete(2), ppo.Args(), torch.device("cpu")), ppo.RunningMoments(3)
 batch = [x.chunk(2)[rank] for x in torch.load("batch.pt")]
 agent.update(*batch)
 moments.update(batch[0])
 torch.save([part.state_dict() for part in (agent.policy, agent.value, moments)], f"updated{rank}.pt")
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
 """
 
 
@@ -591,9 +667,14 @@ def test_ppo_two_processes_take_the_step_of_one_with_the_same_total_batch(tmp_pa
         for name, value in one.state_dict().items():
             expected = value / 2 if name == "count" else value  # each process counts its own rows
             torch.testing.assert_close(two[name], expected, msg=name)
-    trained = [torch.load(tmp_path / f"trained{rank}.pt") for rank in (0, 1)]
-    assert equal(*trained), "networks, optimisers and normalisers stay the same in all processes"
-    assert process.stdout.count("final: ") == 1, "one writer"
+    (trained, resumed, a, advantage), others = (torch.load(tmp_path / f"trained{rank}.pt") for rank in (0, 1))
+    assert equal(trained, others[0]), "networks, optimisers and normalisers stay the same in all processes"
+    assert equal(resumed, others[1]) and not equal(resumed, trained), "also after a kill and a resume"
+    assert not torch.equal(a, others[2]), "each process draws its own actions"
+    both = torch.cat([advantage, others[3]])
+    assert both.mean().item() == pytest.approx(0, abs=1e-5) and abs(advantage.mean()) > 1e-3, "standardised together"
+    assert both.std(correction=0).item() == pytest.approx(1, rel=1e-4)
+    assert process.stdout.count("final: ") == 2, "one writer of either run"
     assert len(list((tmp_path / "run").glob("events*"))) == 1
     assert json.loads((tmp_path / "run" / "result.json").read_text())["steps"] == 128
 
@@ -645,7 +726,10 @@ def test_ppo_compile_compiles_the_loss_that_the_update_calls(tmp_path, monkeypat
         (dict(env_id="MinAtar/Brakeout-v1"), "cannot make MinAtar/Brakeout-v1"),
         (dict(env_id="ALE/Brakeout-v5"), "cannot make ALE/Brakeout-v5"),
         (dict(env_id="ALE/Pong-v5", env_kwargs='{"frameskip": 4}'), "leave out frameskip"),
-        (dict(env_id="ALE/Pong-v5", env_kwargs='{"continuous": true}'), "leave out frameskip and continuous"),
+        (dict(env_id="ALE/Pong-v5", env_kwargs='{"continuous": true}'), "leave out frameskip"),
+        (dict(env_id="ALE/Pong-v5", env_kwargs='{"obs_type": "ram"}'), "leave out frameskip, continuous and obs_type"),
+        (dict(env_id="PpoFloats-v0"), "vectors and images of bytes fit"),
+        (dict(env_id="PpoTiny-v0"), "vectors and images of bytes fit"),
         (dict(env_id="ALE/Pong-v5", env_kwargs='{"mode": 99}'), "cannot make ALE/Pong-v5: Invalid game mode"),
         (dict(env_id="ALE/Pong-v5", normalize_obs=True), "normalize_obs is for vectors"),
     ],

@@ -184,6 +184,50 @@ def test_mixer_is_the_pictures_formula():
     assert len(mixer.b2) == 3, "the last bias has two layers"
 
 
+@pytest.mark.parametrize("recurrent", [True, False])
+def test_agents_network_by_its_weights(recurrent):
+    torch.manual_seed(5)
+    net = qmix.AgentNet(D, 8, A, recurrent)
+    p, x, h = dict(net.named_parameters()), torch.randn(4, 2, D), torch.zeros(2, 8)
+    z = (x @ p["encode.weight"].T + p["encode.bias"]).clamp(min=0)
+    if recurrent:
+        steps = []
+        for z_t in z:
+            from_z, from_h = (
+                y @ p[f"middle.weight_{name}_l0"].T + p[f"middle.bias_{name}_l0"]
+                for y, name in ((z_t, "ih"), (h, "hh"))
+            )
+            reset, update = (from_z[:, :16] + from_h[:, :16]).sigmoid().chunk(2, -1)
+            h = (1 - update) * (from_z[:, 16:] + reset * from_h[:, 16:]).tanh() + update * h
+            steps.append(h)
+        z = torch.stack(steps)
+    else:
+        z = (z @ p["middle.weight"].T + p["middle.bias"]).clamp(min=0)
+    torch.testing.assert_close(net(x)[0], z @ p["q.weight"].T + p["q.bias"])
+
+
+def test_hypernetworks_by_their_weights():
+    torch.manual_seed(6)
+    mixer, s = qmix.Mixer(N, S, 16, 8), torch.randn(50, S)
+    for net in (mixer.w1, mixer.w2, mixer.b2):
+        first, second = net[0], net[-1]
+        hidden = (s @ first.weight.T + first.bias).clamp(min=0)
+        assert (hidden == 0).any() and (hidden > 0).any()
+        torch.testing.assert_close(net(s), hidden @ second.weight.T + second.bias)
+
+
+def test_normalised_states_bound_q_tot_far_away():
+    agent = make_agent(normalize_state=True)
+    q, s = torch.randn(20, N), torch.randn(20, S)
+    q_tot = agent.mixer(q, 10 * s)
+    torch.testing.assert_close(agent.mixer(q, 1_000 * s), q_tot, rtol=1e-3, atol=1e-3)
+    plain = qmix.Mixer(N, S, 8, 7)
+    weights = {name: value for name, value in agent.mixer.state_dict().items() if "norm" not in name}
+    plain.load_state_dict(weights)
+    normal = (s - s.mean(-1, keepdim=True)) / (s.var(-1, keepdim=True, correction=0) + 1e-5).sqrt()
+    torch.testing.assert_close(agent.mixer(q, s), plain(q, normal))
+
+
 def test_greedy_actions_maximise_q_tot_over_all_joint_actions():
     torch.manual_seed(4)
     mixer = qmix.Mixer(N, S, 16, 8)

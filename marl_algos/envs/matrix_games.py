@@ -105,7 +105,7 @@ class MatrixGame(ParallelEnv):
                 paths.setdefault(int(self.after[state][tuple(joint)]), (*paths[state], tuple(joint)))
         return shown
 
-    def show(self, q_tot):
+    def show_q_tot(self, q_tot):
         """Print q_tot(obs (t, n, d), state (d,), joint actions before (t - 1, n), joint actions) beside the payoffs."""
         for path, payoff in self.decisions():
             states = [0]

@@ -32,7 +32,7 @@ class Battle(ParallelEnv):
         return np.asarray(self.env.get_state(), np.float32)
 
     def begin(self, seed):
-        """Start a battle; smaclite's way."""
+        """Start a battle."""
         self.env.reset(seed=seed)
 
     def play(self, actions: list[int]):

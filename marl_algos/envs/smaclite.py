@@ -25,7 +25,7 @@ class parallel_env(Battle):
 
     def begin(self, seed):
         self.steps = 0
-        self.env.reset(seed=seed)
+        super().begin(seed)
 
     def play(self, actions):
         _, reward, terminated, _, info = self.env.step(actions)
