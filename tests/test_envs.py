@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import load
+from conftest import load, scalars, small_args
 from gymnasium.spaces import Box, Dict, Discrete
 from mpe2 import simple_spread_v3
 from pettingzoo import ParallelEnv
@@ -352,6 +352,41 @@ def test_a_matrix_game_cannot_be_filmed(capsys):
     with pytest.raises(SystemExit):
         make_team("envs.matrix_games", film=True)
     assert "render_mode" in capsys.readouterr().err
+
+
+# --- both references train --------------------------------------------------------------------------------------------
+
+SUITES = {
+    "spread": ("mpe2.simple_spread_v3", {}),
+    "unlike agents": ("mpe2.simple_speaker_listener_v4", {}),
+    "tag": ("mpe2.simple_tag_v3", {"team": "adversary"}),
+    "foraging": ("envs.lbf", {"max_steps": 20}),
+    "vmas": ("envs.vmas", {"max_steps": 20}),
+    "battle": ("magent2.environments.battle_v4", {"team": "red", "map_size": 12, "max_cycles": 20}),
+    "matrix game": ("envs.matrix_games", {}),
+    "masks": ("scripted", {}),
+    "continuous spread": ("mpe2.simple_spread_v3", {"continuous_actions": True}),
+    "continuous vmas": ("envs.vmas", {"continuous_actions": True, "max_steps": 20}),
+}
+
+
+@pytest.mark.parametrize("suite", SUITES)
+@pytest.mark.parametrize("script", ["qmix", "mappo"])
+def test_both_train_past_their_first_updates(script, suite, scripted, tmp_path, capsys):
+    env_id, settings = SUITES[suite]
+    team, kwargs = settings.get("team", ""), {k: v for k, v in settings.items() if k != "team"}
+    given = small_args(f"marl_algos/{script}.py", total_timesteps=150)
+    given |= {"batch_size": 2} if script == "qmix" else {}
+    given |= dict(env_id=env_id, env_kwargs=json.dumps(kwargs), team=team, run_dir=str(tmp_path))
+    module = load(f"marl_algos/{script}.py")
+    if script == "qmix" and "continuous" in suite:
+        with pytest.raises(SystemExit):
+            module.train(module.Args(**given))
+        assert "qmix needs discrete actions" in capsys.readouterr().err
+        return
+    assert module.train(module.Args(**given))["steps"] >= 150
+    losses = {tag: points for tag, points in scalars(tmp_path).items() if tag.startswith("losses/")}
+    assert losses and all(np.isfinite(value) for points in losses.values() for _, value in points)
 
 
 # --- the adapters -----------------------------------------------------------------------------------------------------
