@@ -143,7 +143,10 @@ def gae(r, v, v2, terminated, done, gamma: float, lam: float):
 
 
 class PPO:
-    """Networks and optimiser, the targets of lines 4 and 5, the loss of lines 6 and 7. T steps of N environments."""
+    """Networks and optimiser, the targets of lines 4 and 5, the loss of lines 6 and 7. T steps of N environments.
+
+    Minibatches: s (B, *obs_shape), a (B, action_dim), log-probabilities, Â and R̂ (B,).
+    """
 
     def __init__(self, obs_shape: tuple, action_space: gym.Space, args: Args, device: torch.device):
         self.args = args
