@@ -125,7 +125,8 @@ class DQN:
         self.args, self.num_actions, self.device = args, num_actions, device
         self.q = q_network(obs_shape, num_actions, args.hidden_sizes).to(device)  # line 2
         self.q_targ = copy.deepcopy(self.q).requires_grad_(False) if args.target_network else self.q
-        self.optimizer = torch.optim.Adam(self.q.parameters(), lr=args.learning_rate, fused=True)
+        self.theta = as_one_parameter(list(self.q.parameters()))
+        self.optimizer = torch.optim.Adam([self.theta], lr=args.learning_rate, fused=True)
 
     def epsilon(self, step: int) -> float:
         """From 1 to epsilon_end, linearly, over the first exploration_fraction of the run; then constant."""
@@ -151,7 +152,7 @@ class DQN:
         q = self.q(s)
         q_a = q.gather(1, a).squeeze(1)  # (batch,)
         loss = F.smooth_l1_loss(q_a, y) if self.args.clip_error else (y - q_a).square().mean()  # line 13
-        self.optimizer.zero_grad()
+        self.theta.grad.zero_()
         loss.backward()
         self.optimizer.step()
         return loss.detach(), q.detach().amax(dim=1).mean()
@@ -236,6 +237,16 @@ def mlp(*widths: int) -> nn.Sequential:
     """Linear layers of these widths with ReLU between them."""
     layers = [layer for i, o in zip(widths, widths[1:]) for layer in (nn.Linear(i, o), nn.ReLU(inplace=True))]
     return nn.Sequential(*layers[:-1])
+
+
+def as_one_parameter(parameters: list) -> nn.Parameter:
+    """The parameters and their gradients become views of this one: one norm, one step, one message for all."""
+    one = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
+    one.grad = torch.zeros_like(one)
+    nn.utils.vector_to_parameters(one, parameters)
+    for parameter, gradient in zip(parameters, one.grad.split([p.numel() for p in parameters])):
+        parameter.grad = gradient.view_as(parameter)
+    return one
 
 
 class ImageFeatures(nn.Module):
