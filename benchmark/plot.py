@@ -6,6 +6,7 @@ A curve is the interquartile mean over seeds, its band the 95 % interval of a bo
 task a stratum of its own). What fails stands in the table as failing, what is unfinished or missing as such.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def draw(task: Task, curves: list[np.ndarray]):
     axes.axhline(task.threshold, color="C3", linestyle="--", linewidth=1, label=f"threshold {task.threshold:g}")
     axes.set(title=task.name.replace("__", ", "), xlabel="environment steps", ylabel="return")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc="best")
     figure.savefig(RESULTS / task.name / "curve.png", dpi=110)
     plt.close(figure)
 
@@ -105,6 +106,27 @@ each seed. Every seed's file in `results/` names its command and the commit of i
 """
 
 
+SPEED_HEAD = """
+## Speed
+
+Steps per CPU-second on the same work with the same settings, one thread, medians of several rounds in turn, by
+`python benchmark/speed.py`. The ratios count; the numbers depend on the machine.
+
+| work | ours | peers | ratio |
+|---|--:|---|---|
+"""
+
+
+def speed_rows() -> list[str]:
+    """The table's rows, of benchmark/results/speed.json."""
+    path, rows = RESULTS / "speed.json", []
+    for name, found in (json.loads(path.read_text()) if path.exists() else {}).items():
+        peers = ", ".join(f"{peer} {found['median'][peer]:.0f}" for peer in found["ratio"])
+        ratios = ", ".join(f"{ratio:.2f} × {peer}" for peer, ratio in found["ratio"].items())
+        rows.append(f"| {name} | {found['median']['ours']:.0f} | {peers} | {ratios} |\n")
+    return rows
+
+
 def write_results(outcomes: dict[Task, Outcome]):
     """Write benchmark/RESULTS.md."""
     lines = []
@@ -113,7 +135,7 @@ def write_results(outcomes: dict[Task, Outcome]):
         shown = f"{out.result} ([curve](results/{task.name}/curve.png))" if out.result else ""
         cells = [script, name, f"{task.threshold:g}", task.source, shown, out.each, out.verdict, out.origin]
         lines.append(f"| {' | '.join(cells)} |\n")
-    (ROOT / "benchmark" / "RESULTS.md").write_text(HEAD + "".join(lines))
+    (ROOT / "benchmark" / "RESULTS.md").write_text(HEAD + "".join(lines) + SPEED_HEAD + "".join(speed_rows()))
 
 
 def fill_readme(outcomes: dict[Task, Outcome]):

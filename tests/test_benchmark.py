@@ -14,6 +14,7 @@ import plot
 import pytest
 import run
 import speed
+import torch
 import tyro
 from conftest import ROOT, load
 from tasks import TASKS, Task
@@ -145,6 +146,23 @@ def test_committed_results_belong_to_tasks_and_name_command_and_commit():
         notes, curve = plot.read(path)
         assert notes["command"] == f"python {task.script} {task.args} --seed {path.stem[4:]}"
         assert notes["commit"] and curve.shape[1] == 2 and np.isfinite(curve).all()
+
+
+def test_speed_is_a_table(folders):
+    assert plot.speed_rows() == []
+    (folders / "results").mkdir()
+    found = {"td3": {"median": {"ours": 231.4, "SB3": 100.0}, "ratio": {"SB3": 2.314}}, "x": {"median": {"ours": 5.0}}}
+    found["x"]["ratio"] = {}
+    (folders / "results" / "speed.json").write_text(json.dumps(found))
+    assert plot.speed_rows() == ["| td3 | 231 | SB3 100 | 2.31 × SB3 |\n", "| x | 5 |  |  |\n"]
+
+
+def test_speed_leaves_compilation_out(monkeypatch, tmp_path):
+    clock = iter([0.0, 100.0, 130.0])
+    monkeypatch.setattr(speed.time, "process_time", lambda: next(clock))
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    settings = dict(num_envs=2, num_steps=10, num_minibatches=1, update_epochs=1, eval_episodes=1, compile=True)
+    assert speed.measure_ours(speed.Comparison("algos/ppo.py", 60, settings), tmp_path) == 30 * 60 / 20
 
 
 def test_speed_measures_a_script_in_a_process_of_its_own(monkeypatch, tmp_path):
