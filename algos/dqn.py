@@ -285,7 +285,7 @@ class FrameReplay:
         self.frames = np.zeros((capacity, *frame), dtype)
         self.a_r_d = np.zeros((capacity, 3), np.float32)
         self.complete = np.zeros(capacity, bool)  # are all frames of slot i's s and s' there?
-        self.size, self.next = 0, 0
+        self.size, self.next, self.first = 0, 0, ()
 
     def write(self, frame: np.ndarray):
         """Put a frame into the next slot, and give up the steps whose s had the frame that was there."""
@@ -296,13 +296,14 @@ class FrameReplay:
         self.size = min(self.size + 1, len(self.complete))
 
     def begin(self, s):
-        """An episode begins with s (*obs_shape,)."""
-        for frame in s.reshape(self.rows):
-            self.write(frame)
+        """An episode begins with s (*obs_shape,); it is written with the first step."""
+        self.first = s.reshape(self.rows).copy()
 
     def add(self, a, r, s2, d):
         """The step from the latest observation to s2 (*obs_shape,)."""
-        slot = self.next - 1
+        for frame in self.first:
+            self.write(frame)
+        slot, self.first = self.next - 1, ()
         self.write(s2.reshape(self.rows)[-1])
         self.a_r_d[slot] = a, r, d
         self.complete[slot] = True
