@@ -133,7 +133,7 @@ COMPARISONS = {
 @dataclass
 class Args:
     names: tyro.conf.Positional[list[str]] = field(default_factory=list)
-    """comparisons whose names contain one of these; all if none is given"""
+    """comparisons whose names begin with one of these; all if none is given"""
     rounds: int = 3
     """how often each contender runs"""
     cleanrl: str = ""
@@ -272,7 +272,7 @@ def main(args: Args):
     args.cleanrl, args.epymarl = (
         folder and str(Path(folder).expanduser().resolve()) for folder in (args.cleanrl, args.epymarl)
     )
-    chosen = [name for name in COMPARISONS if not args.names or any(part in name for part in args.names)]
+    chosen = [name for name in COMPARISONS if not args.names or name.startswith(tuple(args.names))]
     if args.measure:
         functions = {
             "ours": lambda c: measure_ours(c),
@@ -287,7 +287,7 @@ def main(args: Args):
         print(seconds)
         return
     if not chosen:
-        sys.exit(f"error: no comparison is called like {' or '.join(args.names)}: {', '.join(COMPARISONS)}")
+        sys.exit(f"error: no comparison begins with {' or '.join(args.names)}: {', '.join(COMPARISONS)}")
     path = ROOT / "benchmark" / "results" / "speed.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     for name in chosen:
