@@ -403,8 +403,8 @@ TASKS = [
     Task(
         "qmix__qtran",
         "marl_algos/qmix.py",
-        """--env-id envs.matrix_games --env-kwargs '{"game": "qtran"}' --total-timesteps 12500 --epsilon-end 1.0 """
-        "--num-envs 2500 --target-every 2500 --buffer-size 12500 --batch-size 128 --learning-rate 0.001 --anneal "
+        """--env-id envs.matrix_games --env-kwargs '{"game": "qtran"}' --total-timesteps 25000 --epsilon-end 1.0 """
+        "--num-envs 2500 --target-every 2500 --buffer-size 25000 --batch-size 128 --learning-rate 0.001 --anneal "
         "--eval-episodes 1",
         0,
         "Son et al. (2019): a monotone mixer ends at 0, though 8 is the optimum",

@@ -517,7 +517,7 @@ def test_a_monotone_mixer_fits_the_nonmonotone_game_of_qmix_4_by_least_squares(t
 
 @pytest.mark.slow
 def test_qtrans_game_ends_at_0_with_minus_8_where_a_is_played(tmp_path, capsys):
-    settings = dict(total_timesteps=12_500, num_envs=2_500, target_every=2_500, buffer_size=12_500, batch_size=128)
+    settings = dict(total_timesteps=25_000, num_envs=2_500, target_every=2_500, buffer_size=25_000, batch_size=128)
     value, [(table, _)] = learn(tmp_path, {"game": "qtran"}, capsys, learning_rate=1e-3, anneal=True, **settings)
     assert value == 0
     assert np.array(table) == pytest.approx(np.array([[-8, -8, -8], [-8, 0, 0], [-8, 0, 0]]), abs=0.3)
