@@ -29,7 +29,7 @@ The notes have no pseudo-code: these are the pictures' networks in the loop of t
 double Q-learning (line 13) and clips gradients to norm 10. λ > 0 is the later pymarl2's; λ = 0 is the paper's target.
 Several environments play at once, and `updates` follow for each of their episodes. The team's reward is the mean or the
 sum of its agents'. A dead agent enters the mixer as 0. A time limit is not terminal: line 14 still bootstraps. Where
-a world has no walls, the mixer's weights grow with s: without `--normalize-state` teams may learn to fly away for them.
+a world has no walls, Q_tot may explode far out, and the team flies there: `--normalize-state` bounds what s can do.
 
 Result  the two-step game: 8.00, with the paper's tables to the second digit (6.93 6.93 7.92 7.92, then 7, or 0 1 1 8):
         --env-id envs.matrix_games --env-kwargs '{"game": "two_step"}' --total-timesteps 10000 --epsilon-end 1.0
