@@ -456,8 +456,7 @@ TASKS = [
     Task(
         "qmix__simple_spread",
         "marl_algos/qmix.py",
-        "--env-id mpe2.simple_spread_v3 --no-recurrent --updates 2 --learning-rate 0.001 --anneal --normalize-state "
-        "--target-every 50 --gamma 0.9 --td-lambda 0.8 --eval-every 50000",
+        "--env-id mpe2.simple_spread_v3",
         -14,
         "between random play, -27, and a script, -9.3, both measured per agent",
         unit="per agent",

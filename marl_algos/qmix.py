@@ -21,20 +21,20 @@ Run     python marl_algos/qmix.py --env-id mpe2.simple_spread_v3
     11      W1, W2 ← |hypernetworks of s|;  b1, b2 ← hypernetworks of s
     12      Q_tot(τ, u, s) = W2 · elu(W1 · (Q_1(τ_1, u_1) … Q_n(τ_n, u_n)) + b1) + b2
     13      u_i' ← argmax over legal u of Q_i(τ_i', u);  X ← Q_tot⁻(τ', u', s') of the Q_i⁻ by ψ⁻
-    14      y ← r + γ (1 - terminal) ((1 - λ) X + λ y'),  y' the next step's y, or X if this was the last
+    14      y ← r + γ (1 - terminated) ((1 - λ) X + λ y'),  y' the next step's y, or X if this was the last
     15      descend ∇_θ,ψ mean over real steps (Q_tot - y)²
-    16      every `target_every` episodes: θ⁻ ← θ, ψ⁻ ← ψ
+    16      every `target_every` updates: θ⁻ ← θ, ψ⁻ ← ψ
 
-The notes have no pseudo-code: these are the pictures' networks in the loop of the authors' code (pymarl), which adds
-double Q-learning (line 13) and clips gradients to norm 10. λ > 0 is the later pymarl2's; λ = 0 is the paper's target.
-Several environments play at once, and `updates` follow for each of their episodes. The team's reward is the mean or the
-sum of its agents'. A dead agent enters the mixer as 0. A time limit is not terminal: line 14 still bootstraps. Where
-a world has no walls, Q_tot may explode far out, and the team flies there: `--normalize-state` bounds what s can do.
+The notes have no pseudo-code: these are the networks of qmix_1.png in the loop of the authors' code (pymarl), which
+adds double Q-learning (line 13) and clips the gradients to norm 10.
+Beyond the pictures and the paper: the agent's index i in line 5 (in the paper of 2020, as the agents share θ); Adam
+instead of RMSprop, with a learning rate that is annealed linearly to 0; λ-returns (line 14, from pymarl2; λ = 0 is the
+paper's target); γ = 0.9; LayerNorm of s before the hypernetworks, because Q_tot may diverge where states are unbounded
+(`--no-normalize-state` leaves it out). Several copies of the environment play at once, and `updates` updates follow for
+each of their episodes. The team's reward is the mean or the sum of the agents' rewards. A dead agent enters the mixer
+as 0. A time limit is not a terminal state: line 14 still bootstraps.
 
-Result  the two-step game: 8.00, with the paper's tables to the second digit (6.93 6.93 7.92 7.92, then 7, or 0 1 1 8):
-        --env-id envs.matrix_games --env-kwargs '{"game": "two_step"}' --total-timesteps 10000 --epsilon-end 1.0
-        simple_spread: -11.09, -12.24, -11.52 (seeds 1-3; random play -27, a script -9.3) with --no-recurrent
-        --updates 2 --learning-rate 0.001 --anneal --normalize-state --target-every 50 --gamma 0.9 --td-lambda 0.8
+Result  simple_spread: to be measured
 """
 
 import copy
@@ -78,29 +78,29 @@ class Args:
     num_envs: int = 8
     """copies of the environment that play at once"""
     updates: int = 1
-    """updates for each episode"""
-    gamma: float = 0.99
+    """updates for each episode that was played"""
+    gamma: float = 0.9
     """γ, discount"""
-    td_lambda: float = 0.0
-    """λ of line 14"""
-    learning_rate: float = 5e-4
-    """Adam's first step size"""
-    anneal: bool = False
-    """let the step size fall to 0 in a straight line"""
+    td_lambda: float = 0.8
+    """λ of the λ-return in line 14; 0 for one-step targets"""
+    learning_rate: float = 1e-3
+    """Adam's learning rate"""
+    anneal: bool = True
+    """anneal the learning rate linearly to 0"""
     recurrent: bool = True
-    """a GRU remembers; without, a layer of the same width looks at the last observation only"""
+    """the GRU of line 5; without it, a linear layer of the same width sees only the current input"""
     hidden_dim: int = 64
-    """width of the agents' network and of the hypernetworks"""
+    """width of the agents' network"""
     mixing_dim: int = 32
     """width of Q_tot's hidden layer"""
-    normalize_state: bool = False
-    """LayerNorm of s for the mixer: where a state has no bounds, Q_tot may else explode far from what was seen"""
+    normalize_state: bool = True
+    """apply LayerNorm to s before the hypernetworks"""
     buffer_size: int = 5_000
     """episodes that D holds"""
     batch_size: int = 32
     """episodes in one update"""
-    target_every: int = 200
-    """episodes between target updates"""
+    target_every: int = 100
+    """updates between two copies to the target networks (line 16)"""
     epsilon_start: float = 1.0
     """ε at the start"""
     epsilon_end: float = 0.05
@@ -149,13 +149,12 @@ class AgentNet(nn.Module):
 class Mixer(nn.Module):
     """Q_tot (...): q (..., n) and s (..., state_dim), mixed so that ∂Q_tot/∂Q_i ≥ 0 whatever s is."""
 
-    def __init__(self, n: int, state_dim: int, hidden_dim: int, mixing_dim: int, normalize_state: bool = False):
+    def __init__(self, n: int, state_dim: int, mixing_dim: int, normalize_state: bool):
         super().__init__()
         self.n, self.mixing_dim = n, mixing_dim
-        self.norm = nn.LayerNorm(state_dim) if normalize_state else nn.Identity()
-        self.w1 = nn.Sequential(nn.Linear(state_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, n * mixing_dim))
-        self.w2 = nn.Sequential(nn.Linear(state_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, mixing_dim))
-        self.b1 = nn.Linear(state_dim, mixing_dim)
+        self.norm = nn.LayerNorm(state_dim) if normalize_state and state_dim > 1 else nn.Identity()
+        self.w1, self.b1 = nn.Linear(state_dim, n * mixing_dim), nn.Linear(state_dim, mixing_dim)
+        self.w2 = nn.Linear(state_dim, mixing_dim)
         self.b2 = nn.Sequential(nn.Linear(state_dim, mixing_dim), nn.ReLU(), nn.Linear(mixing_dim, 1))
 
     def forward(self, q, s):
@@ -172,8 +171,7 @@ class QMIX:
     def __init__(self, n: int, obs_dim: int, state_dim: int, num_actions: int, args: Args, device: torch.device):
         self.args, self.n, self.num_actions, self.device = args, n, num_actions, device
         self.agents = AgentNet(obs_dim + num_actions + n, args.hidden_dim, num_actions, args.recurrent).to(device)
-        sizes = (n, state_dim, args.hidden_dim, args.mixing_dim)
-        self.mixer = Mixer(*sizes, args.normalize_state).to(device)  # line 1
+        self.mixer = Mixer(n, state_dim, args.mixing_dim, args.normalize_state).to(device)  # line 1
         self.agents_targ = copy.deepcopy(self.agents).requires_grad_(False)
         self.mixer_targ = copy.deepcopy(self.mixer).requires_grad_(False)
         self.identity = torch.eye(n, device=device)
@@ -201,7 +199,7 @@ class QMIX:
             action = torch.where(explore, any_legal, action)
         return action.cpu().numpy(), (h, action)
 
-    def update(self, obs, state, mask, action, reward, terminal, alive, alive_next, real):
+    def update(self, obs, state, mask, action, reward, terminated, alive, alive_next, real):
         """One step on obs, state, mask (B, T+1, ...), action, alive, alive_next (B, T, n), the others (B, T)."""
         x = self.inputs(obs, F.pad(action, (0, 0, 1, 0), value=-1))
         x = x.transpose(0, 1).flatten(1, 2)  # (T+1, B n, input_dim): one unroll for all agents
@@ -214,7 +212,7 @@ class QMIX:
             q_targ = self.agents_targ(x)[0].unflatten(1, (-1, self.n)).transpose(0, 1)
             q_next = q_targ[:, 1:].gather(-1, best).squeeze(-1)
             value_next = self.mixer_targ(q_next * alive_next, state[:, 1:])
-            y = lambda_return(reward, terminal, value_next, real, self.args.gamma, self.args.td_lambda)
+            y = lambda_return(reward, terminated, value_next, real, self.args.gamma, self.args.td_lambda)
         loss = ((q_tot - y).square() * real).sum() / real.sum()  # line 15
         self.optimizer.zero_grad()
         loss.backward()
@@ -234,12 +232,14 @@ class QMIX:
         self.mixer_targ.load_state_dict(self.mixer.state_dict())
 
 
-def lambda_return(reward, terminal, value_next, real, gamma: float, lam: float):
-    """y (B, T) of line 14, 0 after the end: all steps at once, since y_t = Σ_k (γ λ)^(k - t) (what step k adds)."""
-    last = real - F.pad(real[:, 1:], (0, 1))
-    adds = reward + gamma * (1 - terminal) * value_next * torch.where(last > 0, 1.0, 1 - lam)  # line 14
-    steps = torch.arange(real.shape[1], device=real.device)
-    return (adds * real) @ ((gamma * lam) ** (steps[:, None] - steps)).tril()  # k - t, where it is not negative
+def lambda_return(reward, terminated, value_next, real, gamma: float, lam: float):
+    """y (B, T) of line 14, backwards in time; 0 after the end of an episode."""
+    goes_on = F.pad(real[:, 1:], (0, 1))  # 1 unless the episode ends with this step
+    one_step = (reward + gamma * (1 - terminated) * (1 - lam * goes_on) * value_next) * real
+    y, y_next = torch.empty_like(reward), 0.0
+    for t in reversed(range(reward.shape[1])):
+        y[:, t] = y_next = one_step[:, t] + gamma * lam * goes_on[:, t] * y_next  # line 14
+    return y
 
 
 def play(team, agent: QMIX, epsilon: float) -> dict[str, np.ndarray]:
@@ -251,7 +251,7 @@ def play(team, agent: QMIX, epsilon: float) -> dict[str, np.ndarray]:
         step["action"], memory = agent.act(team, memory, epsilon)  # lines 5, 6
         team.step(step["action"])  # line 7
         step |= {"reward": team.reward.mean(1), "alive_next": team.alive | team.truncated}
-        step["terminal"] = (team.done & ~team.truncated.any(1)).astype(np.float32)
+        step["terminated"] = (team.done & ~team.truncated.any(1)).astype(np.float32)
         steps.append(step)
     episodes = {name: np.stack([step[name] for step in steps], axis=1) for name in steps[0]}
     for name in ("obs", "state", "mask"):
@@ -264,11 +264,18 @@ def train(args: Args) -> dict:
     run = Run("qmix", args)
     args = run.args
     require(1 <= args.batch_size <= args.buffer_size, "batch_size must lie in [1, buffer_size]")
-    require(args.num_envs <= min(args.buffer_size, args.target_every), "num_envs is above buffer_size or target_every")
+    require(1 <= args.num_envs <= args.buffer_size, "num_envs must lie in [1, buffer_size]")
     shares = (args.gamma, args.td_lambda, args.epsilon_start, args.epsilon_end)
     require(0 <= min(shares) <= max(shares) <= 1, "gamma, td_lambda and the epsilons must lie in [0, 1]")
-    positive = (args.learning_rate, args.epsilon_steps, args.hidden_dim, args.mixing_dim, args.updates)
-    require(min(positive) > 0, "learning_rate, epsilon_steps, hidden_dim, mixing_dim and updates must be positive")
+    positive = (
+        args.learning_rate,
+        args.epsilon_steps,
+        args.hidden_dim,
+        args.mixing_dim,
+        args.updates,
+        args.target_every,
+    )
+    require(min(positive) > 0, "learning_rate, epsilon_steps, widths, updates and target_every must be positive")
     team = Team(args, args.num_envs, args.capture_video)
     require(team.discrete, f"qmix needs discrete actions, {args.env_id} has continuous ones: mappo, maddpg take them")
     print(team)
@@ -293,10 +300,11 @@ def train(args: Args) -> dict:
         for r, length in zip(team.returns, team.lengths):
             run.log_episode({"r": r, "l": length})
         if replay.added >= args.batch_size:
-            for _ in range(args.num_envs * args.updates):
+            first, last = (args.updates * episode for episode in (replay.added - args.num_envs, replay.added))
+            for number in range(first + 1, last + 1):
                 run.log({"losses/q_tot": update(**replay.sample(args.batch_size))})  # lines 9-15
-        if replay.added % args.target_every < args.num_envs:
-            agent.update_targets()
+                if number % args.target_every == 0:
+                    agent.update_targets()
         run.evaluate_and_save(evaluation)
     if hasattr(team.envs[0], "show_q_tot"):  # a matrix game compares what was learnt with its payoffs
         team.envs[0].show_q_tot(agent.table)
