@@ -3,7 +3,8 @@
 A seed's score is the mean of its last three evaluations, unless its task says otherwise. A task is passed if the mean
 over seeds (from 5 seeds on the interquartile mean) reaches the threshold and at least two thirds of the seeds do; it is
 partly passed if only one of both holds; else it failed. A task whose seeds take less than two minutes each has at least
-5 of them; planning (policy_iteration, value_iteration), where nothing is drawn at random, has 1. A record has no verdict.
+5 of them; planning (policy_iteration, value_iteration), where nothing is drawn at random, has 1. A record has no
+verdict.
 """
 
 from dataclasses import dataclass
