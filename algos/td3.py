@@ -1,12 +1,12 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["gymnasium[mujoco]", "numpy", "tensorboard", "torch", "tqdm", "tyro"]
+# dependencies = ["gymnasium[mujoco]", "moviepy", "numpy", "tensorboard", "torch", "tqdm", "tyro"]
 # ///
 """TD3: Twin Delayed Deep Deterministic policy gradient.
 
 Paper   Fujimoto, van Hoof & Meger, 2018. https://proceedings.mlr.press/v80/fujimoto18a/fujimoto18a.pdf
-Notes   "TD3 (2018)"; the numbers below are those of pics/td3_v2.png
-Run     python algos/td3.py --env-id HalfCheetah-v4
+Notes   "TD3 (2018)"; the numbers below are those of pics/td3_v2.png; lines 12 and 13: equation 10 in pics/td3_1.png
+Run     python algos/td3.py --env-id HalfCheetah-v4 --total-timesteps 50000 --learning-starts 10000
 
      1  input: policy θ, Q-functions φ1 and φ2, empty replay buffer D
      2  θ_targ ← θ,  φ_targ,i ← φi
@@ -26,19 +26,23 @@ Run     python algos/td3.py --env-id HalfCheetah-v4
     16                  ascend ∇_θ mean_B Q_φ1(s, μ_θ(s))
     17                  φ_targ,i ← ρ φ_targ,i + (1 - ρ) φi;  θ_targ ← ρ θ_targ + (1 - ρ) θ
 
-Beyond the pseudo-code: the first `learning_starts` actions are uniform; one update a step, so j counts the steps of
-the whole run; a time limit ends an episode without making s' terminal, so line 13 still bootstraps from it.
-The notes' text clips the noise of line 4; the picture and the paper clip that of line 12, and so does this script.
+Beyond the pseudo-code: the first `learning_starts` actions are uniformly random; there is one update per step, so j
+counts the steps of the whole run; the optimiser is Adam; a time limit ends an episode without making s' terminal, so
+line 13 still bootstraps from it. The notes' text clips the noise of line 4; the picture and the paper clip that of
+line 12, and so does this script.
 
-Result  HalfCheetah-v4 after 50k steps: 2858 (2566 to 3367, 3 seeds), by the command above with --total-timesteps 50000
-        --learning-starts 10000; other environments and the run towards 1M steps: benchmark/RESULTS.md
+Result  HalfCheetah-v4 after 50k steps: 2858 (2566 to 3367, 3 seeds) by the command above. The default is the paper's
+        1M steps. Other environments: benchmark/RESULTS.md
 """
 
+import contextlib
 import copy
+import importlib
 import json
 import math
 import os
 import random
+import signal
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -56,72 +60,66 @@ from tqdm import tqdm
 @dataclass
 class Args:
     env_id: str = "HalfCheetah-v4"
-    """a gymnasium environment with flat observations and a Box action space"""
+    """a gymnasium environment with vectors as observations and bounded vectors as actions"""
     env_kwargs: str = "{}"
     """arguments of the environment, as JSON"""
     total_timesteps: int = 1_000_000
     """environment steps"""
     gamma: float = 0.99
-    """γ, discount"""
+    """discount factor, γ of line 13"""
     rho: float = 0.995
-    """ρ, how much of the old target each target update keeps"""
+    """fraction of the old target that a target update keeps, ρ of line 17"""
     learning_rate: float = 3e-4
-    """Adam's step size, policy and Q-functions"""
+    """learning rate of Adam, for the policy and the Q-functions"""
     batch_size: int = 256
-    """|B|, transitions in one update"""
+    """transitions in the batch of one update, |B| of line 11"""
     buffer_size: int = 1_000_000
-    """transitions that D holds"""
+    """transitions that the replay buffer D holds"""
     learning_starts: int = 25_000
-    """steps of uniform actions before the first update"""
+    """steps of uniformly random actions before the first update"""
     exploration_noise: float = 0.1
-    """σ_expl of line 4, in half action ranges"""
+    """standard deviation of the noise of line 4, σ_expl, as a fraction of half the action range"""
     target_noise: float = 0.2
-    """σ of line 12, in half action ranges"""
+    """standard deviation of the noise of line 12, σ, as a fraction of half the action range"""
     noise_clip: float = 0.5
-    """c of line 12, in half action ranges"""
+    """bound of the noise of line 12, c, as a fraction of half the action range"""
     policy_delay: int = 2
-    """Q-function updates for each update of the policy and the targets"""
+    """updates of the Q-functions per update of the policy and the targets, line 15"""
 
     seed: int = 1
-    """seeds the networks, the noise, the batches and the environment"""
+    """seed of the networks, the noise, the batches and the environment"""
     device: str = "auto"
-    """auto, cpu or cuda"""
+    """auto, cpu or cuda; auto is cuda if there is a GPU"""
     num_threads: int = 1
-    """CPU threads for torch; small networks rarely gain from more"""
+    """CPU threads of PyTorch; small networks rarely gain from more"""
     compile: bool = False
-    """compile the updates; on a GPU they become CUDA graphs"""
+    """compile the updates with torch.compile; on a GPU they become CUDA graphs"""
     run_dir: str = ""
-    """folder of log, checkpoint and result; runs/<env>__<script>__<seed>__<time> if empty"""
+    """folder of log, checkpoint and result; if empty, runs/<env>__<script>__<seed>__<time>"""
     eval_every: int = 25_000
-    """steps between evaluations, 0 for the last one only"""
+    """environment steps between evaluations; 0 evaluates at the end only"""
     eval_episodes: int = 10
     """episodes of the noiseless policy in an evaluation"""
     checkpoint_every: int = 100_000
-    """steps between checkpoints, 0 for the last one only"""
+    """environment steps between checkpoints; 0 saves at the end only"""
     resume: str = ""
-    """folder of a run to continue, with that run's settings"""
+    """folder of a run to continue with that run's settings"""
     capture_video: bool = False
     """film the first episode of the last evaluation"""
 
 
 class Policy(nn.Module):
-    """μ_θ: observations (batch, obs_dim) -> actions (batch, action_dim) inside [a_low, a_high]."""
+    """μ_θ: observations (batch, obs_dim) -> actions (batch, action_dim) between a_low and a_high (action_dim,)."""
 
     def __init__(self, obs_dim: int, low: np.ndarray, high: np.ndarray):
         super().__init__()
         self.net = mlp(obs_dim, 256, 256, low.size)
-        self.register_buffer("low", torch.as_tensor(low))
-        self.register_buffer("high", torch.as_tensor(high))
+        self.register_buffer("low", torch.as_tensor(low, dtype=torch.float32))
+        self.register_buffer("high", torch.as_tensor(high, dtype=torch.float32))
         self.register_buffer("half_range", (self.high - self.low) / 2)
 
     def forward(self, s):
         return self.low + self.half_range * (torch.tanh(self.net(s)) + 1)
-
-    def noisy(self, s, std: float, clip: float = math.inf):
-        """clip(μ_θ(s) + clip(ε, -clip, clip), a_low, a_high), ε ~ N(0, std); std and clip in half action ranges."""
-        action = self(s)
-        noise = (std * torch.randn_like(action)).clamp(-clip, clip)
-        return torch.clamp(action + noise * self.half_range, self.low, self.high)
 
 
 class TwinQ(nn.Module):
@@ -138,10 +136,10 @@ class TwinQ(nn.Module):
 
 
 class TD3:
-    """Networks, targets and the two updates. Batches: s and s2 (|B|, obs_dim), a (|B|, action_dim), r and d (|B|,)."""
+    """Networks, targets and updates. Batches: s and s2 (|B|, obs_dim), a (|B|, action_dim), r and d (|B|,)."""
 
     def __init__(self, obs_dim: int, low: np.ndarray, high: np.ndarray, args: Args, device: torch.device):
-        self.args = args
+        self.args, self.device = args, device
         self.policy = Policy(obs_dim, low, high).to(device)  # line 1
         self.q = TwinQ(obs_dim, low.size).to(device)
         self.policy_targ = copy.deepcopy(self.policy).requires_grad_(False)  # line 2
@@ -149,10 +147,23 @@ class TD3:
         self.policy_optimizer = torch.optim.Adam(self.policy.parameters(), lr=args.learning_rate, fused=True)
         self.q_optimizer = torch.optim.Adam(self.q.parameters(), lr=args.learning_rate, fused=True)
 
+    @torch.inference_mode()
+    def act(self, obs: np.ndarray, explore: bool = True) -> np.ndarray:
+        """An action (action_dim,) for an observation (obs_dim,)."""
+        policy = self.policy
+        a = policy(torch.as_tensor(obs, dtype=torch.float32, device=self.device))
+        if explore:
+            noise = self.args.exploration_noise * torch.randn_like(a) * policy.half_range
+            a = torch.clamp(a + noise, policy.low, policy.high)  # line 4
+        return a.cpu().numpy()
+
     def target(self, r, s2, d):
         """y (|B|,), the value that both Q-functions learn."""
-        a2 = self.policy_targ.noisy(s2, self.args.target_noise, self.args.noise_clip)  # line 12
-        return r + self.args.gamma * (1 - d) * self.q_targ(s2, a2).min(dim=0).values  # line 13
+        policy, args = self.policy_targ, self.args
+        a2 = policy(s2)
+        noise = (args.target_noise * torch.randn_like(a2)).clamp(-args.noise_clip, args.noise_clip)
+        a2 = torch.clamp(a2 + noise * policy.half_range, policy.low, policy.high)  # line 12
+        return r + args.gamma * (1 - d) * self.q_targ(s2, a2).min(dim=0).values  # line 13
 
     def update_q(self, s, a, r, s2, d):
         with torch.no_grad():
@@ -168,83 +179,85 @@ class TD3:
         self.policy_optimizer.zero_grad()
         policy_loss.backward(inputs=list(self.policy.parameters()))  # no gradients for the Q-function
         self.policy_optimizer.step()
-        with torch.no_grad():
-            for targ, net in ((self.q_targ, self.q), (self.policy_targ, self.policy)):
-                torch._foreach_lerp_(list(targ.parameters()), list(net.parameters()), 1 - self.args.rho)  # line 17
         return policy_loss.detach()
+
+    @torch.no_grad()
+    def update_targets(self):
+        for targ, net in ((self.q_targ, self.q), (self.policy_targ, self.policy)):
+            torch._foreach_lerp_(list(targ.parameters()), list(net.parameters()), 1 - self.args.rho)  # line 17
 
 
 def train(args: Args) -> dict:
     """Train, evaluate, and return what <run_dir>/result.json holds."""
-    run = Run("td3", args)
-    args = run.args
-    require(0 <= args.learning_starts < args.total_timesteps, "learning_starts must lie in [0, total_timesteps)")
-    require(1 <= args.batch_size <= args.buffer_size, "batch_size must lie in [1, buffer_size]")
-    require(0 <= args.gamma <= 1 and 0 <= args.rho <= 1, "gamma and rho must lie in [0, 1]")
-    require(args.learning_rate > 0 and args.policy_delay >= 1, "learning_rate and policy_delay must be positive")
-    require(min(args.exploration_noise, args.target_noise, args.noise_clip) >= 0, "no noise may be negative")
-    env = make_env(args.env_id, args.env_kwargs)
-    obs_space, action_space = env.observation_space, env.action_space
-    fits = isinstance(action_space, gym.spaces.Box) and action_space.is_bounded() and len(action_space.shape) == 1
-    require(fits, f"td3 needs a bounded Box of actions, {args.env_id} has {action_space}; dqn, ppo take discrete ones")
-    require(len(obs_space.shape or ()) == 1, f"td3 needs flat observations, {args.env_id} has {obs_space}")
-    device = set_up_torch(args.seed, args.device, args.num_threads)
-    agent = TD3(obs_space.shape[0], action_space.low, action_space.high, args, device)
-    buffer = ReplayBuffer(args.buffer_size, obs_space.shape[0], action_space.shape[0], device)  # line 1
+    check(args, gamma=(0, 1), rho=(0, 1), learning_rate=(0, math.inf), policy_delay=(1, math.inf))
+    check(args, batch_size=(1, args.buffer_size), learning_starts=(0, args.total_timesteps - 1))
+    check(args, exploration_noise=(0, math.inf), target_noise=(0, math.inf), noise_clip=(0, math.inf))
+    env = make_env(args)
+    require_spaces(env, obs="vector", action="bounded vector")
+    device = set_up_torch(args)
+    obs_dim, low, high = env.observation_space.shape[0], env.action_space.low, env.action_space.high
+    agent = TD3(obs_dim, low, high, args, device)
+    buffer = ReplayBuffer(args.buffer_size, obs_dim, low.size, device)  # line 1
     update_q, update_policy = agent.update_q, agent.update_policy
     if args.compile:
         update_q, update_policy = (torch.compile(f, mode="reduce-overhead") for f in (update_q, update_policy))
 
-    @torch.inference_mode()
-    def act(obs, std=0.0):
-        s = torch.as_tensor(obs, dtype=torch.float32, device=device)
-        return (agent.policy.noisy(s, std) if std else agent.policy(s)).cpu().numpy()
-
     def evaluation(film: Path | None = None) -> list[float]:
-        return evaluate(act, make_env(args.env_id, args.env_kwargs, film), args.eval_episodes)
+        return evaluate(agent.act, make_env(args, film), args.eval_episodes)
 
-    run.start(args.total_timesteps, buffer=buffer, **parts_of(agent))
-    action_space.seed(args.seed + run.step)
-    obs, _ = env.reset(seed=args.seed + run.step)
-    while run.step < args.total_timesteps:  # line 3
-        warm_up = run.step < args.learning_starts
-        action = action_space.sample() if warm_up else act(obs, args.exploration_noise)  # line 4
-        next_obs, reward, terminated, truncated, info = env.step(action)  # lines 5, 6
-        run.advance()
-        buffer.add(obs, action, reward, next_obs, terminated)  # line 7
-        obs = next_obs
-        if terminated or truncated:  # line 8
-            run.log_episode(info["episode"])
-            obs, _ = env.reset()
-        if not warm_up:  # lines 9, 10
-            s, a, r, s2, d = buffer.sample(args.batch_size)  # line 11
-            run.log({"losses/q": update_q(s, a, r, s2, d)})  # lines 12-14
-            if run.step % args.policy_delay == 0:  # line 15
-                run.log({"losses/policy": update_policy(s)})  # lines 16, 17
-        run.evaluate_and_save(evaluation)
-    return run.finish(evaluation)
+    with Run(args, buffer=buffer, **parts_of(agent)) as run:
+        env.action_space.seed(args.seed + run.step)
+        obs, _ = env.reset(seed=args.seed + run.step)
+        while run.step < args.total_timesteps:  # line 3
+            warm_up = run.step < args.learning_starts
+            action = env.action_space.sample() if warm_up else agent.act(obs)  # line 4
+            next_obs, reward, terminated, truncated, info = env.step(action)  # lines 5, 6
+            run.advance()
+            buffer.add(obs, action, reward, next_obs, terminated)  # line 7
+            obs = next_obs
+            if terminated or truncated:  # line 8
+                run.log_episode(info["episode"])
+                obs, _ = env.reset()
+            if not warm_up:  # lines 9, 10
+                s, a, r, s2, d = buffer.sample(args.batch_size)  # line 11
+                run.log({"losses/q": update_q(s, a, r, s2, d)})  # lines 12-14
+                if run.step % args.policy_delay == 0:  # line 15
+                    run.log({"losses/policy": update_policy(s)})  # line 16
+                    agent.update_targets()  # line 17
+            run.evaluate_and_save(evaluation)
+        return run.finish(evaluation)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Plumbing: the same, to the letter, in every script that has it
+# Plumbing: the same in every script that has it
 
 
 def require(condition: bool, message: str):
-    """Leave with one line and exit code 2 unless the condition holds."""
+    """Exit with code 2 and one line unless the condition holds."""
     if not condition:
         print("error:", *message.split(), file=sys.stderr)
         raise SystemExit(2)
 
 
-def set_up_torch(seed: int, device: str, num_threads: int) -> torch.device:
-    """Seed every generator, set the number of threads, and return the device; `auto` is the GPU if there is one."""
-    gpu = torch.cuda.is_available()
-    require(device in ("auto", "cpu") or (gpu and device == "cuda"), f"device {device}: auto, cpu or, with a GPU, cuda")
-    require(num_threads >= 1, "num_threads must be positive")
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-    torch.set_num_threads(num_threads)
+def check(args, **ranges: tuple[float, float]):
+    """Exit with code 2 and one line unless the settings are finite and lie in these closed ranges."""
+    ranges |= dict(total_timesteps=(1, math.inf), eval_episodes=(1, math.inf), num_threads=(1, os.cpu_count()))
+    ranges |= dict(eval_every=(0, math.inf), checkpoint_every=(0, math.inf), seed=(0, 2**32 - 1))
+    for name, (low, high) in ranges.items():
+        for value in np.ravel(getattr(args, name, [])):
+            fits = low <= value <= high and math.isfinite(value)
+            require(fits, f"--{name.replace('_', '-')} must lie in [{low}, {high}], it is {value}")
+
+
+def set_up_torch(args) -> torch.device:
+    """Seed every random generator, set the number of threads, and return the device."""
+    device, gpu = getattr(args, "device", "cpu"), torch.cuda.is_available()
+    fits = device in ("auto", "cpu") or (device == "cuda" and gpu)
+    require(fits, f"--device must be auto, cpu or, with a GPU, cuda, it is {device}")
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(getattr(args, "num_threads", 1))
     return torch.device("cuda" if gpu and device != "cpu" else "cpu")
 
 
@@ -281,32 +294,78 @@ class ReplayBuffer:
         self.rows[: self.size] = state["rows"]
 
 
-def make_env(env_id: str, env_kwargs: str, film: Path | None = None) -> gym.Env:
-    """The environment, its episodes counted; with `film`, the first of them recorded into that folder."""
-    if film and sys.platform == "linux" and "DISPLAY" not in os.environ:
+class Episodes(gym.Wrapper):
+    """Counts episodes' returns and lengths, copies observations, and refuses numbers that are not finite."""
+
+    def reset(self, **kwargs):
+        obs, info = self.env.reset(**kwargs)
+        self.episode = {"r": 0.0, "l": 0}
+        return copy.copy(obs), info
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        reward = float(np.asarray(reward).item())  # which may have the shape (1,)
+        if not (math.isfinite(reward) and np.isfinite(obs).all()):
+            raise FloatingPointError(f"{self.spec.id} gave the observation {obs} and the reward {reward}")
+        self.episode = {"r": self.episode["r"] + reward, "l": self.episode["l"] + 1}
+        return copy.copy(obs), reward, bool(terminated), bool(truncated), info | {"episode": self.episode}
+
+
+def make_env(args, film: Path | None = None) -> gym.Env:
+    """The environment of the settings; with `film`, its first episode is recorded in that folder."""
+    if args.capture_video and sys.platform == "linux" and "DISPLAY" not in os.environ:
         os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo draws without a display
     gym.logger.min_level = gym.logger.ERROR  # no word about newer versions of the environment at each evaluation
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # where `my_module:MyEnv-v0` may be
     try:
-        env = gym.make(env_id, render_mode="rgb_array" if film else None, **json.loads(env_kwargs))
+        kwargs = json.loads(args.env_kwargs) | ({"render_mode": "rgb_array"} if args.capture_video else {})
+        env = gym.make(args.env_id, **kwargs)
+        if args.capture_video:  # what a film lacks is found before training
+            importlib.import_module("moviepy")
+            env.reset(seed=args.seed)
+            env.render()
         if film:
             env = gym.wrappers.RecordVideo(env, str(film), episode_trigger=lambda episode: episode == 0)
-    except (gym.error.Error, ImportError, RuntimeError, TypeError, ValueError) as error:
-        require(False, f"cannot make {env_id}: {error}")
-    return gym.wrappers.RecordEpisodeStatistics(env)
+    except Exception as error:  # whatever an environment raises, its user reads one line
+        problem = str(error) or type(error).__name__
+        require(False, f"cannot make {args.env_id} with --env-kwargs {args.env_kwargs}: {problem}")
+    return Episodes(env)
+
+
+def require_spaces(env: gym.Env, obs: str, action: str):
+    """Exit with code 2 and one line unless the spaces are of these kinds, which `kind_of` tells."""
+    has = kind_of(env.observation_space), kind_of(env.action_space)
+    scripts = {("Discrete", "Discrete"): "q_learning, sarsa", ("vector", "Discrete"): "dqn, ppo"}
+    scripts |= {("image", "Discrete"): "dqn_atari, ppo_atari", ("vector", "vector"): "td3, ppo"}
+    fitting = scripts.get(tuple(kind.removeprefix("bounded ") for kind in has), "another environment")
+    needs = f"{Path(__file__).stem} needs {obs} observations and {action} actions"
+    spaces = f"{env.observation_space} and {env.action_space}"
+    fits = has[0].endswith(obs) and has[1].endswith(action)
+    require(fits, f"{needs}; {env.spec.id} has {spaces}; try {fitting}")
+
+
+def kind_of(space: gym.Space) -> str:
+    """Discrete (from 0 on), vector or bounded vector (a Box of one axis), image (a Box of bytes), or other."""
+    if isinstance(space, gym.spaces.Box):
+        image = len(space.shape) == 3 and space.dtype in (np.uint8, bool)
+        vector = "bounded vector" if space.is_bounded() else "vector"
+        return vector if len(space.shape) == 1 else "image" if image else "other"
+    return "Discrete" if isinstance(space, gym.spaces.Discrete) and space.start == 0 else "other"
 
 
 def evaluate(act, env: gym.Env, episodes: int, max_steps: int = 27_000) -> list[float]:
-    """Undiscounted returns of `act` (observation -> action) in `env`, always from the same seeds; closes `env`."""
+    """Undiscounted returns of `act` without exploration in `env`, always from the same seeds; closes `env`."""
     returns = []
     for episode in range(episodes):
         obs, _ = env.reset(seed=10_000 + episode)
-        returns.append(0.0)
         for _ in range(max_steps):  # where no time limit ends an episode, a greedy policy may walk in circles
-            obs, reward, terminated, truncated, _ = env.step(act(obs))
-            returns[-1] += float(reward)
+            obs, _, terminated, truncated, info = env.step(act(obs, explore=False))
             if terminated or truncated:
                 break
-    env.close()
+        returns.append(info["episode"]["r"])
+    with contextlib.suppress(Exception):  # an environment that cannot be closed has been evaluated all the same
+        env.close()
     return returns
 
 
@@ -316,60 +375,76 @@ def parts_of(agent) -> dict:
 
 
 class Run:
-    """A run's folder and what goes there: settings, TensorBoard log, checkpoint, result; and its progress bar."""
+    """A run's folder (settings, TensorBoard log, checkpoint, result), its clock and its progress bar.
 
-    def __init__(self, script: str, args):
-        require(min(args.total_timesteps, args.eval_episodes) >= 1, "total_timesteps, eval_episodes must be positive")
-        require(min(args.eval_every, args.checkpoint_every) >= 0, "eval_every, checkpoint_every must not be negative")
-        require(0 <= args.seed < 2**32, "seed must lie in [0, 2**32)")
-        if args.resume:
-            settings = Path(args.resume) / "args.json"
-            saved = json.loads(settings.read_text()) if settings.is_file() else {}
-            given, default = asdict(args) | {"run_dir": args.resume}, asdict(type(args)())
-            mine = saved.pop("script", "") == script and saved.keys() == given.keys()
-            require(mine, f"{args.resume} is not the folder of a run of this {script}")
-            saved |= {"run_dir": args.resume, "resume": args.resume}
-            typed = {word.split("=")[0].strip("-").replace("-", "_") for word in sys.argv[1:]}
-            other = [k for k in given if given[k] != saved[k] and (given[k] != default[k] or k in typed)]
-            require(not other, f"{args.resume} has other settings: " + ", ".join(f"{k} {saved[k]}" for k in other))
-            args = type(args)(**saved)
-        name = f"{args.env_id.replace('/', '-')}__{script}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-        self.script, self.args, self.folder = script, args, Path(args.run_dir or f"runs/{name}")
+    `with Run(args, **parts)` opens the folder or, to resume, loads its checkpoint into the parts, each with a
+    state_dict. Ctrl-C and SIGTERM end the run at the end of a step, with a checkpoint. A full disk and numbers that are
+    not finite end it with one line; the last checkpoint then stays as it is.
+    """
 
-    def start(self, last: int, **parts):
-        """Open the folder; load the checkpoint of the run to resume, if there is one. The run ends at step `last`."""
-        self.last, self.parts, self.step, self.seconds = last, parts, 0, 0.0
-        self.sums, self.next_line, self.status = {}, 30.0, "no episode yet"
-        checkpoint = self.folder / "checkpoint.pt"
-        if not self.args.resume:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for old in (checkpoint, self.folder / "result.json"):
-                old.unlink(missing_ok=True)
-            (self.folder / "args.json").write_text(json.dumps({"script": self.script, **asdict(self.args)}, indent=1))
-        elif checkpoint.exists():
-            state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=os.name == "posix")
+    def __init__(self, args, **parts):
+        name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        self.folder = Path(args.run_dir or f"runs/{name}").absolute()  # an environment may change the working folder
+        self.args, self.parts, self.step, self.seconds, self.saved, self.flushed = args, parts, 0, 0.0, -1, 0
+        self.sums, self.next_line, self.status, self.signal = {}, 30.0, "no episode yet", 0
+        free = args.resume or not (self.folder / "args.json").exists()
+        require(free, f"{self.folder} holds a run: --resume it, or choose another --run-dir")
+        if args.resume and (self.folder / "checkpoint.pt").exists():
+            self.load(self.folder / "checkpoint.pt")
+        settings = json.dumps({"script": Path(__file__).stem, **asdict(args)}, indent=1)
+        self.write("args.json", lambda path: path.write_text(settings))
+        self.writer = SummaryWriter(self.folder, purge_step=self.step + (self.step < args.total_timesteps))
+        self.bar = tqdm(initial=self.step, total=args.total_timesteps, unit="step", disable=None)
+        self.began = time.perf_counter() - self.seconds
+
+    def __enter__(self):
+        with contextlib.suppress(ValueError):  # only the main thread receives signals
+            signal.signal(signal.SIGINT, self.interrupt)
+            signal.signal(signal.SIGTERM, self.interrupt)
+        return self
+
+    def interrupt(self, number: int, frame):
+        """The run ends with this step, or after this evaluation; the same signal again ends it at once."""
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def load(self, path: Path):
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=os.name == "posix")
             self.step, self.seconds, (cpu, *gpus) = state["step"], state["seconds"], state["rng"]
             torch.set_rng_state(cpu)
             torch.cuda.set_rng_state_all(gpus[: torch.cuda.device_count()])
-            for name, part in parts.items():
+            for name, part in self.parts.items():
                 part.load_state_dict(state[name])
-        self.writer = SummaryWriter(self.folder, purge_step=self.step + 1)
-        self.bar = tqdm(initial=self.step, total=last, unit="step", disable=None)
-        self.began = time.perf_counter() - self.seconds
+        except Exception as error:  # cut off, empty, of other settings
+            require(False, f"{path} is not a checkpoint of this run: {error!r:.200}")
+        self.saved = self.flushed = self.step
+
+    def write(self, name: str, save):
+        """Let save(path) write a file aside, then put it in place: a crash leaves the old file or the new one."""
+        aside = self.folder / f"{name}.tmp"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save(aside)
+            os.replace(aside, self.folder / name)
+        except (OSError, RuntimeError) as error:  # no permission, a full disk
+            with contextlib.suppress(OSError):
+                aside.unlink()
+            require(False, f"cannot write {self.folder / name}; what was saved before stays: {error!r:.200}")
 
     def advance(self, count: int = 1):
         """`count` more environment steps are done."""
         self.step, self.stride, self.seconds = self.step + count, count, time.perf_counter() - self.began
         self.bar.update(count)
-        if self.due(max(self.last // 500, 1)):
+        if self.due(max(self.args.total_timesteps // 500, 1)):
             self.flush()
         if self.bar.disable and self.seconds > self.next_line:  # no terminal: a line now and then
-            self.next_line = self.seconds + 30
-            print(f"{self.step}/{self.last} steps | {self.status} | {self.step / self.seconds:.0f} steps/s", flush=True)
+            self.next_line, speed = self.seconds + 30, self.step / self.seconds
+            print(f"{self.step}/{self.args.total_timesteps} steps | {self.status} | {speed:.0f} steps/s", flush=True)
 
     def due(self, every: int) -> bool:
         """Did the latest steps complete a multiple of `every`? Not at the end: `finish` evaluates and saves anyway."""
-        return every > 0 and self.step % every < self.stride and self.step < self.last
+        return every > 0 and self.step % every < self.stride and self.step < self.args.total_timesteps
 
     def log(self, scalars: dict):
         """Collect scalars; five hundred times a run their means since the last time go to TensorBoard."""
@@ -384,46 +459,108 @@ class Run:
         self.bar.set_description_str(self.status, refresh=False)
 
     def flush(self):
-        """Write what `log` collected. A loss that is not finite ends the run: the last checkpoint is still good."""
-        for tag, (total, count) in self.sums.items():
-            mean = float(total) / count
-            good = math.isfinite(mean) or not tag.startswith("losses/")
-            require(good, f"{tag} is {mean} at step {self.step}; the last good checkpoint, if any, is in {self.folder}")
-            self.writer.add_scalar(tag, mean, self.step)
-        self.writer.add_scalar("charts/steps_per_second", self.step / self.seconds, self.step)
-        self.sums = {}
+        """Write what `log` collected, at most once a step. A loss that is not finite ends the run."""
+        if self.step > self.flushed:
+            self.log({"charts/steps_per_second": self.step / self.seconds})
+            for tag, (total, count) in self.sums.items():
+                mean = float(total) / count
+                if tag.startswith("losses/") and not math.isfinite(mean):
+                    raise FloatingPointError(f"{tag} is {mean}")
+                self.writer.add_scalar(tag, mean, self.step)
+            self.sums, self.flushed = {}, self.step
 
     def save(self):
-        """Write the checkpoint aside, then put it in place: a kill leaves the old one or the new one, never a half."""
+        """Write the checkpoint, unless one of its numbers is not finite."""
         self.flush()
         self.writer.flush()
-        rng = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
-        states = {name: part.state_dict() for name, part in self.parts.items()}
-        torch.save({"step": self.step, "seconds": self.seconds, "rng": rng, **states}, self.folder / "checkpoint.tmp")
-        os.replace(self.folder / "checkpoint.tmp", self.folder / "checkpoint.pt")
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        if not is_finite(state):
+            raise FloatingPointError("a number in the checkpoint is not finite")
+        state |= {"step": self.step, "seconds": self.seconds}
+        state["rng"] = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+        self.write("checkpoint.pt", lambda path: torch.save(state, path))
+        self.saved = self.step
 
     def evaluate_and_save(self, evaluation):
-        """Each when it is due; `evaluation` returns the returns of its episodes."""
+        """Each when it is due; `evaluation` returns the returns of its episodes. Ends the run after a signal."""
         if self.due(self.args.eval_every):
             self.writer.add_scalar("eval/return", np.mean(evaluation()), self.step)
-        if self.due(self.args.checkpoint_every):
+        if self.due(self.args.checkpoint_every) or self.signal:
             self.save()
+        if self.signal:
+            print(f"\nstopped at step {self.step}; continue with --resume {self.folder}", file=sys.stderr)
+            raise SystemExit(128 + self.signal)
 
     def finish(self, evaluation) -> dict:
         """Save, evaluate once more (and film it, if asked), write result.json, print the final line."""
-        self.save()
+        if self.step > self.saved:
+            self.save()
         self.bar.close()
         returns = evaluation(self.folder / "videos" if self.args.capture_video else None)
         mean, std, speed = float(np.mean(returns)), float(np.std(returns)), self.step / self.seconds
         self.writer.add_scalar("eval/return", mean, self.step)
-        self.writer.close()
-        result = {"script": self.script, "args": asdict(self.args), "return": mean, "std": std, "returns": returns}
-        result |= {"steps": self.step, "seconds": self.seconds, "steps_per_second": speed}
-        (self.folder / "result.json").write_text(json.dumps(result, indent=1))
+        result = {"script": Path(__file__).stem, "args": asdict(self.args), "return": mean, "std": std}
+        result |= {"returns": returns, "steps": self.step, "seconds": self.seconds, "steps_per_second": speed}
+        self.write("result.json", lambda path: path.write_text(json.dumps(result, indent=1)))
         print(f"final: return {mean:.2f} ± {std:.2f} over {len(returns)} episodes", end=" | ")
         print(f"{self.step} steps | {self.seconds:.1f} s | {speed:.0f} steps/s")
         return result
 
+    def __exit__(self, kind, error, trace):
+        """Say in one line why the loop ended early; below it, an error of the environment keeps its traceback."""
+        with contextlib.suppress(ValueError):
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self.bar.close()
+        self.writer.close()
+        if isinstance(error, Exception):
+            ending = f"at step {self.step}; the last good checkpoint, if any, is in {self.folder}"
+            broken = [f"{name} is not finite" for name, part in self.parts.items() if not is_finite(part.state_dict())]
+            problems = broken + [str(error)] * isinstance(error, FloatingPointError)
+            require(not problems, f"{', '.join(problems)} {ending}")
+            print(f"{type(error).__name__} {ending}", file=sys.stderr)
+
+
+def is_finite(state) -> bool:
+    """Are all numbers of a state_dict finite?"""
+    if isinstance(state, torch.Tensor):
+        return bool(state.isfinite().all())
+    inner = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
+    return all(map(is_finite, inner))
+
+
+def saved_args(folder: str) -> Args:
+    """The settings of the run in this folder, to resume it; exits with code 2 and one line if it holds no such run."""
+    path, script, default = Path(folder) / "args.json", Path(__file__).stem, asdict(Args())
+    try:
+        saved = json.loads(path.read_text())
+        fits = saved.pop("script") == script and saved.keys() == default.keys()
+        fits = fits and all(isinstance(saved[name], (type(default[name]), int)) for name in default)
+    except (OSError, ValueError, AttributeError, KeyError):
+        fits = False
+    require(fits, f"{path} does not hold the settings of a run of {script}")
+    return Args(**saved | {"run_dir": folder, "resume": folder})
+
+
+def main():
+    """Train with the settings of the command line; beside --resume, with those of the run in that folder."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal without UTF-8
+    description = __doc__.replace("\n", "\n ")  # tyro keeps the line breaks before indented lines
+    args = tyro.cli(Args, description=description)
+    if args.resume:
+        saved = saved_args(args.resume)
+        args = tyro.cli(Args, description=description, default=saved)
+        renewable = {"total_timesteps", "eval_every", "eval_episodes", "checkpoint_every", "capture_video"}
+        renewable |= {"device", "num_threads", "compile"}
+        other = {name for name, value in vars(args).items() if value != vars(saved)[name]} - renewable
+        require(not other, f"beside --resume, leave out {', '.join(sorted(other))}: these settings of a run stay")
+    try:
+        train(args)
+    except (MemoryError, RuntimeError) as error:
+        require("memory" not in f"{error!r}".lower(), f"not enough memory: {error}")
+        raise
+
 
 if __name__ == "__main__":
-    train(tyro.cli(Args))
+    main()
