@@ -179,7 +179,9 @@ class Episodes(gym.Wrapper):
         if not (math.isfinite(reward) and np.isfinite(obs).all()):
             raise FloatingPointError(f"{self.spec.id} gave the observation {obs} and the reward {reward}")
         self.episode = {"r": self.episode["r"] + reward, "l": self.episode["l"] + 1}
-        return copy.copy(obs), reward, bool(terminated), bool(truncated), info | {"episode": self.episode}
+        if terminated or truncated:
+            info = info | {"episode": self.episode}
+        return copy.copy(obs), reward, bool(terminated), bool(truncated), info
 
 
 def make_env(args, film: Path | None = None) -> gym.Env:
@@ -230,11 +232,12 @@ def evaluate(act, env: gym.Env, episodes: int, max_steps: int = 27_000) -> list[
     returns = []
     for episode in range(episodes):
         obs, _ = env.reset(seed=10_000 + episode)
+        returns.append(0.0)
         for _ in range(max_steps):  # where no time limit ends an episode, a greedy policy may walk in circles
-            obs, _, terminated, truncated, info = env.step(act(obs, explore=False))
+            obs, reward, terminated, truncated, _ = env.step(act(obs, explore=False))
+            returns[-1] += reward
             if terminated or truncated:
                 break
-        returns.append(info["episode"]["r"])
     with contextlib.suppress(Exception):  # an environment that cannot be closed has been evaluated all the same
         env.close()
     return returns
