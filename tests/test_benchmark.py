@@ -644,17 +644,18 @@ def test_paper_in_readme_is_the_one_of_the_docstring(script):
     text = ast.get_docstring(ast.parse((ROOT / script).read_text()), clean=False)
     paper = re.search(r"^Paper (.*?)^Notes ", text, re.M | re.S).group(1)
     links = r"https?://[^\s;,()]*[^\s;,().]"
-    shown = set(re.findall(links, " ".join(rows_of_scripts()[script])))
-    named = re.findall(links, paper)
+    row = " ".join(rows_of_scripts()[script])
+    shown, named = set(re.findall(links, row)), re.findall(links, paper)
     assert named[0] in shown, "the docstring's first paper"
     assert shown <= set(named), "no paper that the docstring does not name"
+    years = re.findall(r"\b(?:19|20)\d\d\b", re.sub(rf"\({links}\)|\(\d{{4}}\)", "", row))
+    assert set(years) <= set(re.findall(r"\b(?:19|20)\d\d\b", paper)), "of the same year"
 
 
 def test_scripts_to_come_have_not_come_yet():
-    listed = re.search(r"^To come: (.*?)\n\n.*?^To come: (.*?)\n\n", readme(), re.M | re.S).groups()
-    for folder, text in zip(("algos", "marl_algos"), listed):
-        names = re.findall(r"`(\w+)`", text)
-        assert names and not {f"{folder}/{name}.py" for name in names} & set(SCRIPTS)
+    listed = re.search(r"^### To come\n\n(.*?)\n## ", readme(), re.M | re.S).group(1)
+    names = re.findall(r"`(\w+)`", listed)
+    assert names and not {f"{folder}/{name}.py" for folder in ("algos", "marl_algos") for name in names} & set(SCRIPTS)
 
 
 # Speed
