@@ -1,0 +1,668 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#   "ale-py", "gymnasium", "minatar", "moviepy", "numpy", "opencv-python-headless", "tensorboard", "torch", "tqdm", "tyro",
+# ]
+# ///
+"""DQN on images: deep Q-learning with experience replay for Atari and MinAtar.
+
+Paper   Mnih et al., 2013. https://arxiv.org/abs/1312.5602; the target network: Mnih et al., 2015.
+        https://www.nature.com/articles/nature14236
+Notes   "DQN (2013)"; the lines of pics/dqn1.png, numbered, and line 14; slides, "Deep Q-Learning Algorithm"
+Run     python algos/dqn_atari.py --env-id MinAtar/Breakout-v1 --total-timesteps 500000 --learning-starts 5000
+            --train-every 1 --buffer-size 100000 --epsilon-end 0.1 --epsilon-steps 100000 --eval-episodes 30
+
+     1  initialise replay memory D to capacity N
+     2  initialise Q(·, ·; θ) with random weights;  θ⁻ ← θ
+     3  for episode = 1, M:
+     4      initialise sequence s_1 = {x_1} and φ_1 = φ(s_1)
+     5      for t = 1, T:
+     6          with probability ε select a random action a_t
+     7          otherwise select a_t = argmax_a Q(φ(s_t), a; θ)
+     8          execute a_t and observe r_t and x_t+1
+     9          s_t+1 = s_t, a_t, x_t+1;  φ_t+1 = φ(s_t+1)
+    10          store (φ_t, a_t, r_t, φ_t+1) in D
+    11          sample a random minibatch of (φ_j, a_j, r_j, φ_j+1) from D
+    12          y_j = r_j if φ_j+1 is terminal, else r_j + γ max_a' Q(φ_j+1, a'; θ⁻)
+    13          gradient step on (y_j - Q(φ_j, a_j; θ))²
+    14          every C steps: θ⁻ ← θ
+
+What differs from dqn.py is the images (`diff algos/dqn.py algos/dqn_atari.py`); dqn.py says where notes and paper differ.
+
+Beyond the pseudo-code: φ is the last four frames, prepared as in the paper of 2015: 84 × 84 grey levels, the maximum of
+two frames, each action for four frames, up to 30 steps without an action at the start. In training a reward keeps only
+its sign, and a lost life ends the episode although the game goes on. MinAtar's φ is one frame of 10 × 10 with a channel
+for each object. The replay memory keeps each frame once. The slides list kernel 8, stride 4 three times; only 8/4, 4/2
+and 3/1, as in their code, give their 64·7·7 features; MinAtar's images have the layer of Young & Tian (2019).
+
+Result  MinAtar/Breakout-v1: to be measured
+"""
+
+import contextlib
+import copy
+import importlib
+import json
+import math
+import os
+import random
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    env_id: str = "PongNoFrameskip-v4"
+    """an Atari game (…NoFrameskip-v4, ALE/…-v5), MinAtar/…-v1, or another gymnasium environment with images of bytes"""
+    env_kwargs: str = "{}"
+    """arguments of the environment, as JSON"""
+    total_timesteps: int = 10_000_000
+    """environment steps; in Atari a step is four frames"""
+    gamma: float = 0.99
+    """discount factor, γ of line 12"""
+    learning_rate: float = 1e-4
+    """learning rate of Adam"""
+    batch_size: int = 32
+    """transitions in the minibatch of line 11"""
+    buffer_size: int = 1_000_000
+    """frames that the replay memory D holds, N of line 1; an episode takes one frame more than it has steps, or four"""
+    learning_starts: int = 80_000
+    """environment steps before the first update"""
+    train_every: int = 4
+    """environment steps per update"""
+    target_network: bool = True
+    """whether line 12 uses θ⁻; the paper of 2013 uses θ"""
+    target_every: int = 250
+    """updates between copies of θ to θ⁻, C of line 14"""
+    huber_loss: bool = False
+    """Huber loss in line 13, whose gradient is that of errors clipped to [-1, 1], as in the paper of 2015"""
+    epsilon_start: float = 1.0
+    """probability of a random action at the first step, ε of line 6"""
+    epsilon_end: float = 0.01
+    """probability of a random action after epsilon_steps"""
+    epsilon_steps: int = 1_000_000
+    """environment steps over which ε is annealed linearly"""
+
+    seed: int = 1
+    """seed of the network, the exploration, the minibatches and the environment"""
+    device: str = "auto"
+    """auto, cpu or cuda; auto is cuda if there is a GPU"""
+    num_threads: int = 1
+    """CPU threads of PyTorch; small networks rarely gain from more"""
+    compile: bool = False
+    """compile the updates with torch.compile; on a GPU they become CUDA graphs"""
+    run_dir: str = ""
+    """folder of log, checkpoint and result; if empty, runs/<env>__<script>__<seed>__<time>"""
+    eval_every: int = 100_000
+    """environment steps between evaluations; 0 evaluates at the end only"""
+    eval_episodes: int = 10
+    """episodes of the greedy policy in an evaluation"""
+    checkpoint_every: int = 100_000
+    """environment steps between checkpoints; 0 saves at the end only"""
+    resume: str = ""
+    """folder of a run to continue with that run's settings"""
+    capture_video: bool = False
+    """film the first episode of the last evaluation"""
+
+
+class QNetwork(nn.Module):
+    """Q(·, ·; θ): images of bytes (batch, stack, channels, height, width) -> values (batch, |A|)."""
+
+    def __init__(self, obs_shape: tuple[int, ...], num_actions: int):
+        super().__init__()
+        self.convolutions = convolutions(*obs_shape)
+        features = self.convolutions(torch.zeros(1, obs_shape[0] * obs_shape[1], *obs_shape[2:])).numel()
+        self.mlp = mlp(features, 128, num_actions)
+
+    def forward(self, s):
+        return self.mlp(self.convolutions(s.flatten(1, 2) / 255))
+
+
+def convolutions(stack: int, channels: int, height: int, width: int) -> nn.Sequential:
+    """The slides' convolutional layers, or for images below 36 × 36 MinAtar's; -> features (batch, ·)."""
+    layers = ((32, 8, 4), (64, 4, 2), (64, 3, 1)) if min(height, width) >= 36 else ((16, 3, 1),)
+    net, inputs = nn.Sequential(), stack * channels
+    for outputs, kernel, stride in layers:
+        net.extend([nn.Conv2d(inputs, outputs, kernel, stride), nn.ReLU(inplace=True)])
+        inputs = outputs
+    return net.append(nn.Flatten())
+
+
+class DQN:
+    """Network, target and update. Minibatches: s and s2 (batch, *obs_shape), a (batch, 1), r and d (batch,)."""
+
+    def __init__(self, obs_shape: tuple[int, ...], num_actions: int, args: Args, device: torch.device):
+        self.args, self.num_actions, self.device, self.epsilon = args, num_actions, device, args.epsilon_start
+        self.q = QNetwork(obs_shape, num_actions).to(device)  # line 2
+        self.q_targ = copy.deepcopy(self.q).requires_grad_(False) if args.target_network else self.q
+        self.optimizer = FlatAdam(self.q.parameters(), lr=args.learning_rate)
+
+    @torch.inference_mode()
+    def act(self, s: np.ndarray, explore: bool = True) -> int:
+        """An action for s (*obs_shape,)."""
+        if explore and torch.rand(()) < self.epsilon:
+            return int(torch.randint(self.num_actions, ()))  # line 6
+        s = torch.as_tensor(s, dtype=torch.float32, device=self.device)
+        return int(self.q(s.unsqueeze(0)).argmax())  # line 7
+
+    def target(self, r, s2, d):
+        """y (batch,), the value that Q learns."""
+        return r + self.args.gamma * (1 - d) * self.q_targ(s2).amax(dim=1)  # line 12
+
+    def update(self, s, a, r, s2, d):
+        """A gradient step; returns the loss and the minibatch's mean of max_a Q."""
+        with torch.no_grad():
+            y = self.target(r, s2, d)
+        q = self.q(s)
+        q_a = q.gather(1, a.long()).squeeze(1)  # (batch,)
+        loss = F.smooth_l1_loss(q_a, y) if self.args.huber_loss else (y - q_a).square().mean()  # line 13
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach(), q.detach().amax(dim=1).mean()
+
+    @torch.no_grad()
+    def update_target(self):
+        torch._foreach_copy_(list(self.q_targ.parameters()), list(self.q.parameters()))  # line 14
+
+
+def train(args: Args) -> dict:
+    """Train, evaluate, and return what <run_dir>/result.json holds."""
+    check(args, gamma=(0, 1), learning_rate=(0, math.inf), buffer_size=(5, math.inf))
+    check(args, batch_size=(1, args.buffer_size), learning_starts=(0, args.total_timesteps - 1))
+    check(args, train_every=(1, math.inf), target_every=(1, math.inf))
+    check(args, epsilon_start=(0, 1), epsilon_end=(0, 1), epsilon_steps=(1, math.inf))
+    env = make_image_env(args, training=True)
+    device = set_up_torch(args)
+    agent = DQN(env.observation_space.shape, env.action_space.n, args, device)
+    buffer = FrameReplay(args.buffer_size, env.observation_space.shape, device)  # line 1
+    update = torch.compile(agent.update, mode="reduce-overhead") if args.compile else agent.update
+
+    def evaluation(film: Path | None = None) -> list[float]:
+        return evaluate(agent.act, make_image_env(args, film), args.eval_episodes)
+
+    with Run(args, buffer=buffer, **parts_of(agent)) as run:
+        s, _ = env.reset(seed=args.seed + run.step)  # line 4
+        buffer.begin(s)
+        while run.step < args.total_timesteps:  # lines 3, 5
+            agent.epsilon = linear(args.epsilon_start, args.epsilon_end, run.step / args.epsilon_steps)
+            a = agent.act(s)  # lines 6, 7
+            s2, r, terminated, truncated, info = env.step(a)  # lines 8, 9
+            run.advance()
+            buffer.add(a, r, s2, terminated)  # line 10
+            s = s2
+            if "episode" in info:  # the game is over
+                run.log_episode(info["episode"])
+            if terminated or truncated:
+                s, _ = env.reset()  # line 4
+                buffer.begin(s)
+            if run.step > args.learning_starts and run.step % args.train_every == 0:
+                loss, max_q = update(*buffer.sample(args.batch_size))  # lines 11-13
+                run.log({"losses/q": loss, "charts/max_q": max_q})
+                if run.step // args.train_every % args.target_every == 0:
+                    agent.update_target()  # line 14
+            run.evaluate_and_save(evaluation)
+        return run.finish(evaluation)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Plumbing: the same in every script that has it
+
+
+def require(condition: bool, message: str):
+    """Exit with code 2 and one line unless the condition holds."""
+    if not condition:
+        print("error:", *message.split(), file=sys.stderr)
+        raise SystemExit(2)
+
+
+def check(args, **ranges: tuple[float, float]):
+    """Exit with code 2 and one line unless the settings are finite and lie in these closed ranges."""
+    ranges |= dict(total_timesteps=(1, math.inf), eval_episodes=(1, math.inf), num_threads=(1, os.cpu_count()))
+    ranges |= dict(eval_every=(0, math.inf), checkpoint_every=(0, math.inf), seed=(0, 2**32 - 1))
+    for name, (low, high) in ranges.items():
+        for value in np.ravel(getattr(args, name, [])):
+            fits = low <= value <= high and math.isfinite(value)
+            require(fits, f"--{name.replace('_', '-')} must lie in [{low}, {high}], it is {value}")
+
+
+def set_up_torch(args) -> torch.device:
+    """Seed every random generator, set the number of threads, and return the device."""
+    device, gpu = getattr(args, "device", "cpu"), torch.cuda.is_available()
+    fits = device in ("auto", "cpu") or (device == "cuda" and gpu)
+    require(fits, f"--device must be auto, cpu or, with a GPU, cuda, it is {device}")
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(getattr(args, "num_threads", 1))
+    return torch.device("cuda" if gpu and device != "cpu" else "cpu")
+
+
+def mlp(*widths: int) -> nn.Sequential:
+    """Linear layers of these widths with ReLU between them."""
+    layers = [layer for i, o in zip(widths, widths[1:]) for layer in (nn.Linear(i, o), nn.ReLU(inplace=True))]
+    return nn.Sequential(*layers[:-1])
+
+
+class FlatAdam(torch.optim.Adam):
+    """Adam on all parameters as one vector, of which they become views: for small networks this is much faster."""
+
+    def __init__(self, parameters, **options):
+        parameters = list(parameters)
+        vector = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
+        vector.grad = torch.zeros_like(vector)
+        nn.utils.vector_to_parameters(vector, parameters)
+        for parameter, gradient in zip(parameters, vector.grad.split([p.numel() for p in parameters])):
+            parameter.grad = gradient.view_as(parameter)
+        super().__init__([vector], fused=True, **options)
+
+    def zero_grad(self, set_to_none: bool = False):
+        super().zero_grad(set_to_none=False)  # the gradients stay views
+
+
+def linear(start: float, end: float, fraction: float) -> float:
+    """From start to end, linearly, while the fraction goes from 0 to 1; then end."""
+    return start + min(fraction, 1.0) * (end - start)
+
+
+class FrameReplay:
+    """A ring of frames, each kept once; an observation (stack, channels, height, width) is `stack` frames in a row.
+
+    Slot i holds frame x_i and a, r, d of the step from x_i to x_i+1. Where an episode begins, all frames of its first
+    observation are written, so that no row of frames reaches into another episode.
+    """
+
+    def __init__(self, capacity: int, obs_shape: tuple[int, ...], device: torch.device):
+        self.stack, *frame = obs_shape
+        self.device = device
+        require_memory(f"--buffer-size {capacity}", capacity * (math.prod(frame) + 13))
+        self.frames = np.zeros((capacity, *frame), np.uint8)
+        self.a_r_d = np.zeros((capacity, 3), np.float32)
+        self.complete = np.zeros(capacity, bool)  # are all frames of slot i's s and s' there?
+        self.size, self.next, self.first = 0, 0, ()
+
+    def write(self, frame: np.ndarray):
+        """Put a frame into the next slot, and give up the steps whose s had the frame that was there."""
+        for slot in range(self.next, self.next + self.stack):
+            self.complete[slot % len(self.complete)] = False
+        self.frames[self.next] = frame
+        self.next = (self.next + 1) % len(self.complete)
+        self.size = min(self.size + 1, len(self.complete))
+
+    def begin(self, s: np.ndarray):
+        """An episode begins with s (*obs_shape,); it is written with the first step."""
+        self.first = s.copy()
+
+    def add(self, a: int, r: float, s2: np.ndarray, d: bool):
+        """The step from the latest observation to s2 (*obs_shape,)."""
+        for frame in self.first:
+            self.write(frame)
+        slot, self.first = self.next - 1, ()
+        self.write(s2[-1])
+        self.a_r_d[slot] = a, r, d
+        self.complete[slot] = True
+
+    def sample(self, batch_size: int):
+        """s (batch, *obs_shape), a (batch, 1), r (batch,), s' (batch, *obs_shape), d (batch,), drawn uniformly."""
+        slots = torch.randint(self.size, (batch_size,)).numpy()
+        while not self.complete[slots].all():
+            slots = np.where(self.complete[slots], slots, torch.randint(self.size, (batch_size,)).numpy())
+        window = slots[:, None] + np.arange(1 - self.stack, 2)  # of frames: (batch, stack + 1)
+        frames = torch.from_numpy(self.frames.take(window, axis=0, mode="wrap")).to(self.device)
+        a, r, d = torch.from_numpy(self.a_r_d[slots]).to(self.device).split(1, dim=1)
+        return frames[:, :-1], a, r.squeeze(1), frames[:, 1:], d.squeeze(1)
+
+    def state_dict(self) -> dict:
+        arrays = (self.frames, self.a_r_d, self.complete)
+        return {"arrays": [torch.from_numpy(array[: self.size]) for array in arrays], "next": self.next}
+
+    def load_state_dict(self, state: dict):
+        self.size, self.next = len(state["arrays"][0]), state["next"]
+        for array, saved in zip((self.frames, self.a_r_d, self.complete), state["arrays"]):
+            array[: self.size] = saved.numpy()
+
+
+def require_memory(what: str, needed: int):
+    """Exit with code 2 and one line unless so many bytes of memory are free, where Linux tells."""
+    meminfo = Path("/proc/meminfo")
+    free = 1024 * int(meminfo.read_text().split("MemAvailable:")[1].split()[0]) if meminfo.exists() else math.inf
+    require(needed <= free, f"{what} needs {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free")
+
+
+class TrainingGame(gym.Wrapper):
+    """In training only: rewards keep nothing but their sign; a lost life ends the episode, and the game goes on."""
+
+    game_over = True
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        info = {}
+        if self.game_over or seed is not None:
+            self.obs, info = self.env.reset(seed=seed, options=options)
+        self.lives = self.unwrapped.ale.lives()
+        return self.obs, info
+
+    def step(self, action):
+        self.obs, reward, terminated, truncated, info = self.env.step(action)
+        self.game_over = terminated or truncated
+        life_lost = self.unwrapped.ale.lives() < self.lives
+        self.lives = self.unwrapped.ale.lives()  # which a bonus may raise
+        return self.obs, float(np.sign(reward)), terminated or life_lost, truncated, info
+
+
+def make_image_env(args, film: Path | None = None, training: bool = False) -> gym.Env:
+    """make_env; images become bytes (stack, channels, height, width), Atari's as Mnih et al. (2015) prepare them."""
+    atari, minatar = args.env_id.startswith("ALE/") or "NoFrameskip" in args.env_id, "MinAtar/" in args.env_id
+    if atari:
+        fixed = any(word in args.env_kwargs for word in ("frameskip", "continuous", "obs_type"))
+        require(not fixed, "Atari games are prepared as in 2015: leave out frameskip, continuous and obs_type")
+        optional("cv2", "opencv-python-headless")
+        gym.register_envs(optional("ale_py", "ale-py"))
+        if args.env_id in gym.registry:
+            gym.registry[args.env_id].kwargs["frameskip"] = 1  # AtariPreprocessing skips
+    if minatar and "MinAtar/Breakout-v1" not in gym.registry:
+        optional("minatar.gym", "minatar").register_envs()
+    env = make_env(args, film)
+    require_spaces(env, obs="image", action="Discrete")
+    if atari:
+        env = Episodes(gym.wrappers.AtariPreprocessing(env.env, grayscale_newaxis=True))
+        env = TrainingGame(env) if training else env
+    height, width, channels = env.observation_space.shape
+    require(min(height, width) >= 3, f"dqn_atari needs images of at least 3 × 3, {args.env_id} has {height} × {width}")
+    space = gym.spaces.Box(0, 255, (channels, height, width), np.uint8)
+    scale = np.uint8(255 if env.observation_space.dtype == bool else 1)
+    env = gym.wrappers.TransformObservation(env, lambda image: np.moveaxis(image, 2, 0) * scale, space)
+    return gym.wrappers.FrameStackObservation(env, 1 if minatar else 4)
+
+
+def optional(module: str, package: str):
+    """The module, which only some environments need; without it, exit with the line that installs it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        require(False, f"this environment needs {module}: pip install {package}")
+
+
+class Episodes(gym.Wrapper):
+    """Counts episodes' returns and lengths, copies observations, and refuses numbers that are not finite."""
+
+    def reset(self, **kwargs):
+        obs, info = self.env.reset(**kwargs)
+        self.episode = {"r": 0.0, "l": 0}
+        return copy.copy(obs), info
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        reward = float(np.asarray(reward).item())  # which may have the shape (1,)
+        if not (math.isfinite(reward) and np.isfinite(obs).all()):
+            raise FloatingPointError(f"{self.spec.id} gave the observation {obs} and the reward {reward}")
+        self.episode = {"r": self.episode["r"] + reward, "l": self.episode["l"] + 1}
+        if terminated or truncated:
+            info = info | {"episode": self.episode}
+        return copy.copy(obs), reward, bool(terminated), bool(truncated), info
+
+
+def make_env(args, film: Path | None = None) -> gym.Env:
+    """The environment of the settings; with `film`, its first episode is recorded in that folder."""
+    if args.capture_video and sys.platform == "linux" and "DISPLAY" not in os.environ:
+        os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo draws without a display
+    gym.logger.min_level = gym.logger.ERROR  # no word about newer versions of the environment at each evaluation
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # where `my_module:MyEnv-v0` may be
+    try:
+        kwargs = json.loads(args.env_kwargs) | ({"render_mode": "rgb_array"} if args.capture_video else {})
+        env = gym.make(args.env_id, **kwargs)
+        if args.capture_video:  # what a film lacks is found before training
+            importlib.import_module("moviepy")
+            env.reset(seed=args.seed)
+            env.render()
+        if film:
+            env = gym.wrappers.RecordVideo(env, str(film), episode_trigger=lambda episode: episode == 0)
+    except Exception as error:  # whatever an environment raises, its user reads one line
+        problem = str(error) or type(error).__name__
+        require(False, f"cannot make {args.env_id} with --env-kwargs {args.env_kwargs}: {problem}")
+    return Episodes(env)
+
+
+def require_spaces(env: gym.Env, obs: str, action: str):
+    """Exit with code 2 and one line unless the spaces are of these kinds, which `kind_of` tells."""
+    has = kind_of(env.observation_space), kind_of(env.action_space)
+    scripts = {("Discrete", "Discrete"): "q_learning, sarsa", ("vector", "Discrete"): "dqn, ppo"}
+    scripts |= {("image", "Discrete"): "dqn_atari, ppo_atari", ("vector", "vector"): "td3, ppo"}
+    fitting = scripts.get(tuple(kind.removeprefix("bounded ") for kind in has), "another environment")
+    needs = f"{Path(__file__).stem} needs {obs} observations and {action} actions"
+    spaces = f"{env.observation_space} and {env.action_space}"
+    fits = has[0].endswith(obs) and has[1].endswith(action)
+    require(fits, f"{needs}; {env.spec.id} has {spaces}; try {fitting}")
+
+
+def kind_of(space: gym.Space) -> str:
+    """Discrete (from 0 on), vector or bounded vector (a Box of one axis), image (a Box of bytes), or other."""
+    if isinstance(space, gym.spaces.Box):
+        image = len(space.shape) == 3 and space.dtype in (np.uint8, bool)
+        vector = "bounded vector" if space.is_bounded() else "vector"
+        return vector if len(space.shape) == 1 else "image" if image else "other"
+    return "Discrete" if isinstance(space, gym.spaces.Discrete) and space.start == 0 else "other"
+
+
+def evaluate(act, env: gym.Env, episodes: int, max_steps: int = 27_000) -> list[float]:
+    """Undiscounted returns of `act` without exploration in `env`, always from the same seeds; closes `env`."""
+    returns = []
+    for episode in range(episodes):
+        obs, _ = env.reset(seed=10_000 + episode)
+        returns.append(0.0)
+        for _ in range(max_steps):  # where no time limit ends an episode, a greedy policy may walk in circles
+            obs, reward, terminated, truncated, _ = env.step(act(obs, explore=False))
+            returns[-1] += reward
+            if terminated or truncated:
+                break
+    with contextlib.suppress(Exception):  # an environment that cannot be closed has been evaluated all the same
+        env.close()
+    return returns
+
+
+def parts_of(agent) -> dict:
+    """What a checkpoint must hold of the agent: its networks, their targets, its optimisers."""
+    return {name: part for name, part in vars(agent).items() if hasattr(part, "state_dict")}
+
+
+class Run:
+    """A run's folder (settings, TensorBoard log, checkpoint, result), its clock and its progress bar.
+
+    `with Run(args, **parts)` opens the folder or, to resume, loads its checkpoint into the parts, each with a
+    state_dict. Ctrl-C and SIGTERM end the run at the end of a step, with a checkpoint. A full disk and numbers that are
+    not finite end it with one line; the last checkpoint then stays as it is.
+    """
+
+    def __init__(self, args, **parts):
+        name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        self.folder = Path(args.run_dir or f"runs/{name}").absolute()  # an environment may change the working folder
+        self.args, self.parts, self.step, self.seconds, self.saved, self.flushed = args, parts, 0, 0.0, -1, 0
+        self.sums, self.next_line, self.status, self.signal = {}, 30.0, "no episode yet", 0
+        free = args.resume or not (self.folder / "args.json").exists()
+        require(free, f"{self.folder} holds a run: --resume it, or choose another --run-dir")
+        if args.resume and (self.folder / "checkpoint.pt").exists():
+            self.load(self.folder / "checkpoint.pt")
+        settings = json.dumps({"script": Path(__file__).stem, **asdict(args)}, indent=1)
+        self.write("args.json", lambda path: path.write_text(settings))
+        self.writer = SummaryWriter(self.folder, purge_step=self.step + (self.step < args.total_timesteps))
+        self.bar = tqdm(initial=self.step, total=args.total_timesteps, unit="step", disable=None)
+        self.began = time.perf_counter() - self.seconds
+
+    def __enter__(self):
+        with contextlib.suppress(ValueError):  # only the main thread receives signals
+            signal.signal(signal.SIGINT, self.interrupt)
+            signal.signal(signal.SIGTERM, self.interrupt)
+        return self
+
+    def interrupt(self, number: int, frame):
+        """The run ends with this step, or after this evaluation; the same signal again ends it at once."""
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def load(self, path: Path):
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=os.name == "posix")
+            self.step, self.seconds, (cpu, *gpus) = state["step"], state["seconds"], state["rng"]
+            torch.set_rng_state(cpu)
+            torch.cuda.set_rng_state_all(gpus[: torch.cuda.device_count()])
+            for name, part in self.parts.items():
+                part.load_state_dict(state[name])
+        except Exception as error:  # cut off, empty, of other settings
+            require(False, f"{path} is not a checkpoint of this run: {error!r:.200}")
+        self.saved = self.flushed = self.step
+
+    def write(self, name: str, save):
+        """Let save(path) write a file aside, then put it in place: a crash leaves the old file or the new one."""
+        aside = self.folder / f"{name}.tmp"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save(aside)
+            os.replace(aside, self.folder / name)
+        except (OSError, RuntimeError) as error:  # no permission, a full disk
+            with contextlib.suppress(OSError):
+                aside.unlink()
+            require(False, f"cannot write {self.folder / name}; what was saved before stays: {error!r:.200}")
+
+    def advance(self, count: int = 1):
+        """`count` more environment steps are done."""
+        self.step, self.stride, self.seconds = self.step + count, count, time.perf_counter() - self.began
+        self.bar.update(count)
+        if self.due(max(self.args.total_timesteps // 500, 1)):
+            self.flush()
+        if self.bar.disable and self.seconds > self.next_line:  # no terminal: a line now and then
+            self.next_line, speed = self.seconds + 30, self.step / self.seconds
+            print(f"{self.step}/{self.args.total_timesteps} steps | {self.status} | {speed:.0f} steps/s", flush=True)
+
+    def due(self, every: int) -> bool:
+        """Did the latest steps complete a multiple of `every`? Not at the end: `finish` evaluates and saves anyway."""
+        return every > 0 and self.step % every < self.stride and self.step < self.args.total_timesteps
+
+    def log(self, scalars: dict):
+        """Collect scalars; five hundred times a run their means since the last time go to TensorBoard."""
+        for tag, value in scalars.items():
+            total, count = self.sums.get(tag, (0.0, 0))
+            self.sums[tag] = (total + value, count + 1)
+
+    def log_episode(self, episode: dict):
+        """Collect the return r and the length l of an episode of training."""
+        self.log({"charts/episodic_return": float(episode["r"]), "charts/episodic_length": int(episode["l"])})
+        self.status = f"return {float(episode['r']):.2f}"
+        self.bar.set_description_str(self.status, refresh=False)
+
+    def flush(self):
+        """Write what `log` collected, at most once a step. A loss that is not finite ends the run."""
+        if self.step > self.flushed:
+            self.log({"charts/steps_per_second": self.step / self.seconds})
+            for tag, (total, count) in self.sums.items():
+                mean = float(total) / count
+                if tag.startswith("losses/") and not math.isfinite(mean):
+                    raise FloatingPointError(f"{tag} is {mean}")
+                self.writer.add_scalar(tag, mean, self.step)
+            self.sums, self.flushed = {}, self.step
+
+    def save(self):
+        """Write the checkpoint, unless one of its numbers is not finite."""
+        self.flush()
+        self.writer.flush()
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        if not is_finite(state):
+            raise FloatingPointError("a number in the checkpoint is not finite")
+        state |= {"step": self.step, "seconds": self.seconds}
+        state["rng"] = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+        self.write("checkpoint.pt", lambda path: torch.save(state, path))
+        self.saved = self.step
+
+    def evaluate_and_save(self, evaluation):
+        """Each when it is due; `evaluation` returns the returns of its episodes. Ends the run after a signal."""
+        if self.due(self.args.eval_every):
+            self.writer.add_scalar("eval/return", np.mean(evaluation()), self.step)
+        if self.due(self.args.checkpoint_every) or self.signal:
+            self.save()
+        if self.signal:
+            print(f"\nstopped at step {self.step}; continue with --resume {self.folder}", file=sys.stderr)
+            raise SystemExit(128 + self.signal)
+
+    def finish(self, evaluation) -> dict:
+        """Save, evaluate once more (and film it, if asked), write result.json, print the final line."""
+        if self.step > self.saved:
+            self.save()
+        self.bar.close()
+        returns = evaluation(self.folder / "videos" if self.args.capture_video else None)
+        mean, std, speed = float(np.mean(returns)), float(np.std(returns)), self.step / self.seconds
+        self.writer.add_scalar("eval/return", mean, self.step)
+        result = {"script": Path(__file__).stem, "args": asdict(self.args), "return": mean, "std": std}
+        result |= {"returns": returns, "steps": self.step, "seconds": self.seconds, "steps_per_second": speed}
+        self.write("result.json", lambda path: path.write_text(json.dumps(result, indent=1)))
+        print(f"final: return {mean:.2f} ± {std:.2f} over {len(returns)} episodes", end=" | ")
+        print(f"{self.step} steps | {self.seconds:.1f} s | {speed:.0f} steps/s")
+        return result
+
+    def __exit__(self, kind, error, trace):
+        """Say in one line why the loop ended early; below it, an error of the environment keeps its traceback."""
+        with contextlib.suppress(ValueError):
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self.bar.close()
+        self.writer.close()
+        if isinstance(error, Exception):
+            ending = f"at step {self.step}; the last good checkpoint, if any, is in {self.folder}"
+            broken = [f"{name} is not finite" for name, part in self.parts.items() if not is_finite(part.state_dict())]
+            problems = broken + [str(error)] * isinstance(error, FloatingPointError)
+            require(not problems, f"{', '.join(problems)} {ending}")
+            print(f"{type(error).__name__} {ending}", file=sys.stderr)
+
+
+def is_finite(state) -> bool:
+    """Are all numbers of a state_dict finite?"""
+    if isinstance(state, torch.Tensor):
+        return bool(state.isfinite().all())
+    inner = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
+    return all(map(is_finite, inner))
+
+
+def saved_args(folder: str) -> Args:
+    """The settings of the run in this folder, to resume it; exits with code 2 and one line if it holds no such run."""
+    path, script, default = Path(folder) / "args.json", Path(__file__).stem, asdict(Args())
+    try:
+        saved = json.loads(path.read_text())
+        fits = saved.pop("script") == script and saved.keys() == default.keys()
+        fits = fits and all(isinstance(saved[name], (type(default[name]), int)) for name in default)
+    except (OSError, ValueError, AttributeError, KeyError):
+        fits = False
+    require(fits, f"{path} does not hold the settings of a run of {script}")
+    return Args(**saved | {"run_dir": folder, "resume": folder})
+
+
+def main():
+    """Train with the settings of the command line; beside --resume, with those of the run in that folder."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal without UTF-8
+    description = __doc__.replace("\n", "\n ")  # tyro keeps the line breaks before indented lines
+    args = tyro.cli(Args, description=description)
+    if args.resume:
+        saved = saved_args(args.resume)
+        args = tyro.cli(Args, description=description, default=saved)
+        renewable = {"total_timesteps", "eval_every", "eval_episodes", "checkpoint_every", "capture_video"}
+        renewable |= {"device", "num_threads", "compile"}
+        other = {name for name, value in vars(args).items() if value != vars(saved)[name]} - renewable
+        require(not other, f"beside --resume, leave out {', '.join(sorted(other))}: these settings of a run stay")
+    try:
+        train(args)
+    except (MemoryError, RuntimeError) as error:
+        require("memory" not in f"{error!r}".lower(), f"not enough memory: {error}")
+        raise
+
+
+if __name__ == "__main__":
+    main()
