@@ -1,7 +1,8 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#   "ale-py", "gymnasium", "minatar", "moviepy", "numpy", "opencv-python-headless", "tensorboard", "torch", "tqdm", "tyro",
+#   "ale-py", "gymnasium", "minatar", "moviepy", "numpy", "opencv-python-headless",
+#   "tensorboard", "torch", "tqdm", "tyro",
 # ]
 # ///
 """DQN on images: deep Q-learning with experience replay for Atari and MinAtar.
@@ -10,7 +11,7 @@ Paper   Mnih et al., 2013. https://arxiv.org/abs/1312.5602; the target network: 
         https://www.nature.com/articles/nature14236
 Notes   "DQN (2013)"; the lines of pics/dqn1.png, numbered, and line 14; slides, "Deep Q-Learning Algorithm"
 Run     python algos/dqn_atari.py --env-id MinAtar/Breakout-v1 --total-timesteps 500000 --learning-starts 5000
-            --train-every 1 --buffer-size 100000 --epsilon-end 0.1 --epsilon-steps 100000 --eval-episodes 30
+            --train-every 1 --target-every 1000 --buffer-size 100000 --epsilon-end 0.1 --epsilon-steps 100000
 
      1  initialise replay memory D to capacity N
      2  initialise Q(·, ·; θ) with random weights;  θ⁻ ← θ
@@ -27,7 +28,8 @@ Run     python algos/dqn_atari.py --env-id MinAtar/Breakout-v1 --total-timesteps
     13          gradient step on (y_j - Q(φ_j, a_j; θ))²
     14          every C steps: θ⁻ ← θ
 
-What differs from dqn.py is the images (`diff algos/dqn.py algos/dqn_atari.py`); dqn.py says where notes and paper differ.
+The difference from dqn.py is the images (`diff algos/dqn.py algos/dqn_atari.py`); dqn.py says where notes and paper
+differ.
 
 Beyond the pseudo-code: φ is the last four frames, prepared as in the paper of 2015: 84 × 84 grey levels, the maximum of
 two frames, each action for four frames, up to 30 steps without an action at the start. In training a reward keeps only

@@ -323,6 +323,32 @@ TASKS = [  # the first task of a script is the one that README shows
         "rl-baselines3-zoo: -100.8 ± 9.9 after 120,000 steps",
         seeds=5,
     ),
+    # --- dqn_atari ----------------------------------------------------------------------------------------------------
+    Task(
+        "dqn_atari__MinAtar-Breakout-v1",
+        "algos/dqn_atari.py",
+        "--env-id MinAtar/Breakout-v1 --total-timesteps 500000 --learning-starts 5000 --train-every 1 "
+        "--target-every 1000 --buffer-size 100000 --epsilon-end 0.1 --epsilon-steps 100000 --eval-every 25000 "
+        "--eval-episodes 30 --checkpoint-every 25000",
+        5,
+        "a mark of our own",
+        seeds=1,
+        record=True,
+        note="A record: Young & Tian (2019) train for 5,000,000 steps, this run has a tenth of them.",
+        minutes=30,
+    ),
+    Task(
+        "dqn_atari__PongNoFrameskip-v4",
+        "algos/dqn_atari.py",
+        "--total-timesteps 1000000 --buffer-size 100000 --learning-starts 10000 --epsilon-steps 100000 "
+        "--eval-every 50000 --eval-episodes 5 --checkpoint-every 50000",
+        20.3,
+        "CleanRL: 20.3 in training after 10,000,000 steps",
+        seeds=1,
+        record=True,
+        note="A record: this run has a tenth of the steps of the published one.",
+        minutes=240,
+    ),
     # --- ppo ----------------------------------------------------------------------------------------------------------
     Task(
         "ppo__CartPole-v1",
