@@ -437,24 +437,25 @@ def make_env(args, film: Path | None = None) -> gym.Env:
 
 
 def require_spaces(env: gym.Env, obs: str, action: str):
-    """Exit with code 2 and one line unless the spaces are of these kinds, which `kind_of` tells."""
-    has = kind_of(env.observation_space), kind_of(env.action_space)
-    scripts = {("Discrete", "Discrete"): "q_learning, sarsa", ("vector", "Discrete"): "dqn, ppo"}
-    scripts |= {("image", "Discrete"): "dqn_atari, ppo_atari", ("vector", "vector"): "td3, ppo"}
-    fitting = scripts.get(tuple(kind.removeprefix("bounded ") for kind in has), "another environment")
-    needs = f"{Path(__file__).stem} needs {obs} observations and {action} actions"
-    spaces = f"{env.observation_space} and {env.action_space}"
-    fits = has[0].endswith(obs) and has[1].endswith(action)
-    require(fits, f"{needs}; {env.spec.id} has {spaces}; try {fitting}")
+    """Exit with code 2 and one line unless the spaces are of these kinds, such as "Discrete or vector": see kind_of."""
+    scripts = {"Discrete Discrete": "q_learning, sarsa", "vector Discrete": "dqn, ppo", "vector vector": "td3, ppo"}
+    scripts |= {"vector MultiDiscrete": "ppo", "image Discrete": "dqn_atari, ppo_atari"}
+    kinds = [kind_of(space) for space in (env.observation_space, env.action_space)]
+    for kind, needed in zip(kinds, (obs, action)):
+        problem = f"{Path(__file__).stem} needs {obs} observations and {action} actions; {env.spec.id} has "
+        problem += f"{env.observation_space} and {env.action_space}; try "
+        problem += scripts.get(" ".join(kind.removeprefix("bounded ") for kind in kinds), "another environment")
+        require({kind, kind.removeprefix("bounded ")} & set(needed.split(" or ")), problem)
 
 
 def kind_of(space: gym.Space) -> str:
-    """Discrete (from 0 on), vector or bounded vector (a Box of one axis), image (a Box of bytes), or other."""
+    """Discrete, MultiDiscrete (from 0 on), vector, bounded vector (Boxes of one axis), image (of bytes) or other."""
     if isinstance(space, gym.spaces.Box):
         image = len(space.shape) == 3 and space.dtype in (np.uint8, bool)
         vector = "bounded vector" if space.is_bounded() else "vector"
         return vector if len(space.shape) == 1 else "image" if image else "other"
-    return "Discrete" if isinstance(space, gym.spaces.Discrete) and space.start == 0 else "other"
+    discrete = isinstance(space, (gym.spaces.Discrete, gym.spaces.MultiDiscrete)) and not np.any(space.start)
+    return type(space).__name__ if discrete else "other"
 
 
 def evaluate(act, env: gym.Env, episodes: int, max_steps: int = 27_000) -> list[float]:

@@ -1,13 +1,12 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["gymnasium", "numpy", "tensorboard", "torch", "tqdm", "tyro"]
+# dependencies = ["gymnasium", "moviepy", "numpy", "tensorboard", "torch", "tqdm", "tyro"]
 # ///
-"""PPO: Proximal Policy Optimization, the clipped form.
+"""PPO: Proximal Policy Optimization with the clipped objective.
 
 Paper   Schulman, Wolski, Dhariwal, Radford & Klimov, 2017. https://arxiv.org/abs/1707.06347
 Notes   "PPO (2017)"; the numbers below are those of pics/ppo_2.png; line 6: pics/ppo_1.png, line 5: GAE, pics/gae_1.png
 Run     python algos/ppo.py --env-id CartPole-v1
-        torchrun --nproc-per-node 2 algos/ppo.py    (two processes share the environments and the minibatches)
 
      1  input: policy parameters θ_0, value parameters φ_0
      2  for k = 0, 1, 2, ...:
@@ -18,23 +17,25 @@ Run     python algos/ppo.py --env-id CartPole-v1
               g(ε, Â) = (1 + ε) Â if Â ≥ 0 else (1 - ε) Â, by stochastic gradient ascent with Adam
      7      φ_k+1 = argmin_φ mean_Dk (V_φ(s_t) - R̂_t)², by gradient descent
 
-Beyond the pseudo-code: one loss for lines 6 and 7, which also rewards entropy; R̂ = Â + V; Â has mean 0 and deviation 1
-over D_k; gradients are clipped, the step size falls to 0. Where a time limit cuts, line 5 bootstraps from the true last
-observation, and its sum stops. That the four cases of line 6 are harsh on bad actions is the notes' reading alone.
+Beyond the pseudo-code: one loss for lines 6 and 7, with a bonus for the entropy of the policy; R̂ = Â + V; Â is
+normalised to mean 0 and standard deviation 1 over D_k; gradients are clipped, and the learning rate is annealed to 0.
+Where a time limit ends an episode, line 5 bootstraps from the true last observation, and the sum of GAE ends there.
+That the four cases of line 6 are harsh on bad actions is the notes' reading alone. Images are in ppo_atari.py.
 
-Result  CartPole-v1: 500.00, 500.00, 500.00 (seeds 1-3, 100 episodes each) by the first command above
+Result  CartPole-v1: 500, the maximum, in 5 of 5 seeds (100 episodes each) by the command above
 """
 
-import atexit
+import contextlib
+import copy
 import importlib
 import json
 import math
 import os
 import random
+import signal
 import sys
 import time
-from dataclasses import asdict, dataclass
-from datetime import timedelta
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import gymnasium as gym
@@ -42,7 +43,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 import tyro
-from torch import distributed
 from torch.distributions import Categorical, Independent, Normal
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -51,70 +51,79 @@ from tqdm import tqdm
 @dataclass
 class Args:
     env_id: str = "CartPole-v1"
-    """a gymnasium environment of vectors or images, with Discrete, MultiDiscrete or Box actions"""
+    """a gymnasium environment with vectors as observations and Discrete, MultiDiscrete or vector actions"""
     env_kwargs: str = "{}"
     """arguments of the environment, as JSON"""
     total_timesteps: int = 100_000
-    """environment steps; the last D_k may go beyond"""
+    """environment steps, rounded up to whole rollouts"""
     num_envs: int = 8
-    """N, environments that step together, in all processes"""
+    """environments that step together, N"""
     num_steps: int = 128
-    """T, steps that each of them gives to one D_k"""
+    """steps of each environment in a rollout D_k, T"""
     gamma: float = 0.98
-    """γ, discount"""
+    """discount factor, γ"""
     lam: float = 0.8
-    """λ of GAE"""
+    """λ of GAE, line 5"""
     epsilon: float = 0.2
-    """ε of line 6"""
+    """clip range of the probability ratio, ε of line 6"""
     learning_rate: float = 1e-3
-    """Adam's first step size"""
+    """learning rate of Adam at the start"""
     anneal: bool = True
-    """let the step size fall to 0 in a straight line"""
+    """anneal the learning rate linearly to 0"""
     num_minibatches: int = 4
-    """how many gradient steps see the whole of D_k once"""
+    """minibatches per epoch"""
     update_epochs: int = 4
-    """K, how often each D_k is gone through"""
+    """epochs over each rollout D_k, K"""
     value_coef: float = 0.5
-    """c1, weight of line 7 in the loss"""
+    """weight of line 7 in the loss, c1"""
     entropy_coef: float = 0.01
-    """c2, weight of the entropy in the loss"""
+    """weight of the entropy bonus in the loss, c2"""
     max_grad_norm: float = 0.5
-    """where the gradient's norm is clipped"""
+    """maximum gradient norm"""
     normalize_obs: bool = False
-    """subtract the mean and divide by the deviation of all observations before this D_k; not for images"""
+    """normalise observations by the mean and the standard deviation of those of all rollouts so far"""
     normalize_reward: bool = False
-    """divide rewards by the deviation of the discounted return"""
+    """divide rewards by the standard deviation of the discounted return"""
 
     seed: int = 1
-    """seeds the networks, the actions, the batches and the environments"""
+    """seed of the networks, the actions, the minibatches and the environments"""
     device: str = "auto"
-    """auto, cpu or cuda"""
+    """auto, cpu or cuda; auto is cuda if there is a GPU"""
     num_threads: int = 1
-    """CPU threads for torch; small networks rarely gain from more"""
+    """CPU threads of PyTorch; small networks rarely gain from more"""
     compile: bool = False
-    """compile the updates; on a GPU they become CUDA graphs"""
+    """compile the updates with torch.compile; on a GPU they become CUDA graphs"""
     run_dir: str = ""
-    """folder of log, checkpoint and result; runs/<env>__<script>__<seed>__<time> if empty"""
+    """folder of log, checkpoint and result; if empty, runs/<env>__<script>__<seed>__<time>"""
     eval_every: int = 10_000
-    """steps between evaluations, 0 for the last one only"""
+    """environment steps between evaluations; 0 evaluates at the end only"""
     eval_episodes: int = 100
     """episodes of the most likely actions in an evaluation"""
     checkpoint_every: int = 100_000
-    """steps between checkpoints, 0 for the last one only"""
+    """environment steps between checkpoints; 0 saves at the end only"""
     resume: str = ""
-    """folder of a run to continue, with that run's settings"""
+    """folder of a run to continue with that run's settings"""
     capture_video: bool = False
     """film the first episode of the last evaluation"""
 
 
-class CategoricalPolicy(nn.Module):
-    """π_θ for Discrete and MultiDiscrete: observations -> choices (batch, components), a softmax each."""
+def network(inputs: int, outputs: int, gain: float) -> nn.Sequential:
+    """Two tanh layers; orthogonal weights, scaled by `gain` in the last layer: (batch, inputs) -> (batch, outputs)."""
+    net = nn.Sequential(nn.Linear(inputs, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, outputs))
+    for layer in (net[0], net[2], net[4]):
+        nn.init.orthogonal_(layer.weight, gain if layer is net[4] else math.sqrt(2))
+        nn.init.zeros_(layer.bias)
+    return net
 
-    def __init__(self, obs_shape: tuple, space: gym.Space):
+
+class CategoricalPolicy(nn.Module):
+    """π_θ for Discrete and MultiDiscrete: observations -> choices (batch, components), a softmax for each."""
+
+    def __init__(self, obs_dim: int, space: gym.Space):
         super().__init__()
         choices = torch.as_tensor(getattr(space, "nvec", getattr(space, "n", 0))).reshape(-1, 1)
         self.register_buffer("absent", torch.arange(int(choices.max())) >= choices)  # of components with fewer choices
-        self.net = network(obs_shape, self.absent.numel(), gain=0.01)
+        self.net = network(obs_dim, self.absent.numel(), gain=0.01)
 
     def forward(self, s):
         logits = self.net(s).view(-1, *self.absent.shape).masked_fill(self.absent, -1e9)
@@ -122,12 +131,12 @@ class CategoricalPolicy(nn.Module):
 
 
 class GaussianPolicy(nn.Module):
-    """π_θ for Box: observations -> actions (batch, action_dim), a normal with one deviation for all s."""
+    """π_θ for Box: observations -> actions (batch, action_dim), normal with one standard deviation for all s."""
 
-    def __init__(self, obs_shape: tuple, space: gym.Space):
+    def __init__(self, obs_dim: int, space: gym.Space):
         super().__init__()
-        self.net = network(obs_shape, math.prod(space.shape), gain=0.01)
-        self.log_std = nn.Parameter(torch.zeros(math.prod(space.shape)))
+        self.net = network(obs_dim, space.shape[0], gain=0.01)
+        self.log_std = nn.Parameter(torch.zeros(space.shape[0]))
 
     def forward(self, s):
         return Independent(Normal(self.net(s), self.log_std.exp(), validate_args=False), 1, validate_args=False)
@@ -145,42 +154,44 @@ def gae(r, v, v2, terminated, done, gamma: float, lam: float):
 class PPO:
     """Networks and optimiser, the targets of lines 4 and 5, the loss of lines 6 and 7. T steps of N environments.
 
-    Minibatches: s (B, *obs_shape), a (B, action_dim), log-probabilities, Â and R̂ (B,).
+    Minibatches: s (batch, obs_dim), a (batch, action_dim), old_log_prob, advantage and r_to_go (batch,).
     """
 
-    def __init__(self, obs_shape: tuple, action_space: gym.Space, args: Args, device: torch.device):
+    def __init__(self, obs_dim: int, action_space: gym.Space, args: Args, device: torch.device):
         self.args = args
         policy = GaussianPolicy if isinstance(action_space, gym.spaces.Box) else CategoricalPolicy
-        self.policy = policy(obs_shape, action_space).to(device)  # line 1
-        self.value = network(obs_shape, 1, gain=1.0).to(device)
-        self.theta_phi = as_one_parameter([*self.policy.parameters(), *self.value.parameters()])
-        self.optimizer = torch.optim.Adam([self.theta_phi], lr=args.learning_rate, eps=1e-5, fused=True)
-        self.obs_moments, self.reward_scale = RunningMoments(*obs_shape).to(device), RewardScale(args.gamma).to(device)
+        self.policy = policy(obs_dim, action_space).to(device)  # line 1
+        self.value = network(obs_dim, 1, gain=1.0).to(device)
+        parameters = [*self.policy.parameters(), *self.value.parameters()]
+        self.optimizer = FlatAdam(parameters, lr=args.learning_rate, eps=1e-5)
+        self.obs_moments, self.reward_scale = RunningMoments(obs_dim).to(device), RewardScale(args.gamma).to(device)
 
-    def see(self, obs):
-        """Observations as the networks take them."""
+    def normalized(self, obs):
         return self.obs_moments(obs).clamp(-10, 10) if self.args.normalize_obs else obs
 
-    @torch.no_grad()
-    def targets(self, obs, a, r, terminated, done, cut: dict):
-        """Of D_k's steps: s, a, log π_θk(a|s), Â and R̂ (T N, ...); and how much of R̂'s variance V explains.
+    @torch.inference_mode()
+    def act(self, obs, explore: bool = True):
+        """Actions (N, action_dim) for observations (N, obs_dim): drawn from π_θ, or without exploration its mode."""
+        pi = self.policy(self.normalized(obs))
+        return pi.sample() if explore else pi.mode
 
-        obs (T + 1, N, *obs_shape); cut: by (t, n), the last observation of every episode that a time limit ended."""
-        s = self.see(obs)
+    @torch.no_grad()
+    def targets(self, rollout) -> dict:
+        """Of D_k's steps, as rows (T N, ...): s, a, log π_θk(a|s), Â and R̂."""
+        s, (r, terminated, done) = self.normalized(rollout.obs), rollout.r_terminated_done()
         r = self.reward_scale(r, done) if self.args.normalize_reward else r
-        v = self.value(s.flatten(0, 1)).view(s.shape[:2])
-        v2 = v[1:].clone()
-        for step, last_obs in cut.items():
-            v2[step] = self.value(self.see(last_obs[None])).squeeze()
-        advantage = gae(r, v[:-1], v2, terminated, done, self.args.gamma, self.args.lam)  # line 5
-        r_to_go = advantage + v[:-1]  # line 4
-        explained = 1 - advantage.var() / r_to_go.var().clamp(min=1e-8)
-        mean, square = average_(torch.stack([advantage.mean(), advantage.square().mean()]))
-        advantage = (advantage - mean) / (square - mean.square()).clamp(min=1e-16).sqrt()
+        v = self.value(s).squeeze(-1)  # (T + 1, N)
+        v, v2 = v[:-1], v[1:].clone()
+        for step, last_obs in rollout.cut.items():
+            v2[step] = self.value(self.normalized(last_obs[None])).squeeze()
+        advantage = gae(r, v, v2, terminated, done, self.args.gamma, self.args.lam)  # line 5
+        r_to_go = advantage + v  # line 4
+        advantage = (advantage - advantage.mean()) / (advantage.std(correction=0) + 1e-8)
         if self.args.normalize_obs:
-            self.obs_moments.update(obs[:-1].flatten(0, 1))
-        s, a, advantage, r_to_go = (x.flatten(0, 1) for x in (s[:-1], a, advantage, r_to_go))
-        return [s, a, self.policy(s).log_prob(a), advantage, r_to_go], explained
+            self.obs_moments.update(rollout.obs[:-1].flatten(0, 1))
+        rows = dict(s=s[:-1], a=rollout.a, advantage=advantage, r_to_go=r_to_go)
+        rows = {name: x.flatten(0, 1) for name, x in rows.items()}
+        return rows | {"old_log_prob": self.policy(rows["s"]).log_prob(rows["a"])}
 
     def loss(self, s, a, old_log_prob, advantage, r_to_go):
         """The loss of a minibatch, and its three parts."""
@@ -192,197 +203,149 @@ class PPO:
         loss = policy_loss + self.args.value_coef * value_loss - self.args.entropy_coef * entropy
         return loss, torch.stack([policy_loss, value_loss, entropy]).detach()
 
-    def update(self, *minibatch):
-        """A step of Adam; under torchrun, on the minibatches of all processes together."""
-        loss, parts = self.loss(*minibatch)
-        self.theta_phi.grad.zero_()
+    def update(self, minibatch: dict) -> dict:
+        """A step of Adam on a minibatch."""
+        loss, parts = self.loss(**minibatch)
+        self.optimizer.zero_grad()
         loss.backward()
-        gradient = average_(self.theta_phi.grad)
-        gradient *= (self.args.max_grad_norm / (gradient.norm() + 1e-6)).clamp(max=1)
+        nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], self.args.max_grad_norm)
         self.optimizer.step()  # lines 6, 7
-        return parts.clone()  # a CUDA graph reuses its outputs
+        return dict(
+            zip(("losses/policy", "losses/value", "charts/entropy"), parts.clone())
+        )  # a CUDA graph reuses parts
 
     @torch.no_grad()
-    def change(self, s, a, old_log_prob):
-        """How far π_θ is from π_θk: two estimates of KL(π_θk, π_θ), and the share of ρ that line 6 may clip."""
-        log_ratio = self.policy(s).log_prob(a) - old_log_prob
-        ratio = log_ratio.exp()
-        clipped = ((ratio - 1).abs() > self.args.epsilon).float()
-        return torch.stack([ratio - 1 - log_ratio, -log_ratio, clipped]).mean(dim=1)
+    def diagnostics(self, batch: dict) -> dict:
+        """KL(π_θk, π_θ), the fraction of ρ that line 6 may clip, and the fraction of R̂'s variance that V explains."""
+        log_ratio = self.policy(batch["s"]).log_prob(batch["a"]) - batch["old_log_prob"]
+        ratio, residual = log_ratio.exp(), batch["r_to_go"] - self.value(batch["s"]).squeeze(-1)
+        scalars = {"charts/kl": (ratio - 1 - log_ratio).mean()}
+        scalars["charts/clip_fraction"] = ((ratio - 1).abs() > self.args.epsilon).float().mean()
+        return scalars | {"charts/explained_variance": 1 - residual.var() / batch["r_to_go"].var().clamp(min=1e-8)}
 
 
 def train(args: Args) -> dict:
-    """Train, evaluate, and return what <run_dir>/result.json holds; under torchrun, the first process does."""
-    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    run = (SilentRun if rank else Run)("ppo", args)
-    args = run.args
-    check_settings(args, processes)
-    device = join_processes(set_up_torch(args.seed, args.device, args.num_threads), processes)
-    envs = make_envs(args.env_id, args.env_kwargs, args.num_envs // processes, args.normalize_obs)
-    obs_space, action_space = envs.single_observation_space, envs.single_action_space
-    agent = PPO(obs_space.shape, action_space, args, device)
-    d = Rollout(args.num_steps, envs, device)
+    """Train, evaluate, and return what <run_dir>/result.json holds."""
+    check(args, gamma=(0, 1), lam=(0, 1), epsilon=(0, 1), learning_rate=(0, math.inf), max_grad_norm=(0, math.inf))
+    check(args, value_coef=(0, math.inf), entropy_coef=(0, math.inf), update_epochs=(1, math.inf))
+    check(args, num_envs=(1, 4096), num_steps=(2, math.inf), num_minibatches=(1, args.num_envs * args.num_steps))
+    batch_size = args.num_envs * args.num_steps
+    require(batch_size % args.num_minibatches == 0, f"--num-minibatches must divide a rollout's {batch_size} steps")
+    args = replace(args, total_timesteps=math.ceil(args.total_timesteps / batch_size) * batch_size)
+    require_spaces(make_env(args), obs="vector", action="Discrete or MultiDiscrete or vector")
+    envs = make_envs(args, lambda: make_env(args))
+    device, space = set_up_torch(args), envs.single_action_space
+    agent = PPO(envs.single_observation_space.shape[0], space, args, device)
+    rollout = Rollout(args.num_steps, envs, device)
     if args.compile:
         agent.loss = torch.compile(agent.loss, mode="reduce-overhead")
 
-    @torch.inference_mode()
-    def greedy(obs):
-        s = torch.as_tensor(obs[None], dtype=d.obs.dtype, device=device)
-        return playable(agent.policy(agent.see(s)).mode, action_space)[0]
+    def act(obs: np.ndarray, explore: bool):
+        s = torch.as_tensor(obs[None], dtype=torch.float32, device=device)
+        return to_env(agent.act(s, explore), space)[0]
 
     def evaluation(film: Path | None = None) -> list[float]:
-        return evaluate(greedy, make_any_env(args.env_id, args.env_kwargs, film), args.eval_episodes)
+        return evaluate(act, make_env(args, film), args.eval_episodes)
 
-    batch_size = args.num_envs * args.num_steps
-    iterations = math.ceil(args.total_timesteps / batch_size)
-    run.start(iterations * batch_size, **parts_of(agent))
-    d.start(envs.reset(seed=args.seed + run.step + rank * envs.num_envs)[0])
-    for k in range(run.step // batch_size, iterations):  # line 2
-        for t in range(args.num_steps):  # line 3
-            with torch.inference_mode():
-                d.a[t] = agent.policy(agent.see(d.obs[t])).sample()
-            for episode in d.add(t, *envs.step(playable(d.a[t], action_space))):
-                run.log_episode(episode)
-        batch, explained = agent.targets(*d.tensors())  # lines 4, 5
-        agent.optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - k / iterations if args.anneal else 1)
-        parts = []
-        for _ in range(args.update_epochs):
-            order = torch.randperm(len(batch[0]), device=device)
-            for minibatch in zip(*(x[order].chunk(args.num_minibatches) for x in batch)):
-                parts.append(agent.update(*minibatch))  # lines 6, 7
-        run.advance(batch_size)
-        names = ("policy", "value", "entropy", "kl", "kl_simple", "clip_fraction", "explained_variance")
-        scalars = average_(torch.cat([torch.stack(parts).mean(dim=0), agent.change(*batch[:3]), explained[None]]))
-        run.log({f"losses/{name}": scalar for name, scalar in zip(names, scalars)})
-        run.flush()  # a loss that is not finite ends the run here, before the policy is asked for actions
-        d.start(d.obs[-1])
-        run.evaluate_and_save(evaluation)
-    return run.finish(evaluation)
+    with Run(args, **parts_of(agent)) as run:
+        obs, _ = envs.reset(seed=args.seed + run.step)
+        while run.step < args.total_timesteps:  # line 2
+            rollout.start(obs)
+            for t in range(args.num_steps):  # line 3
+                a = agent.act(rollout.obs[t])
+                obs, r, terminated, truncated, info = envs.step(to_env(a, space))
+                rollout.add(t, a, obs, r, terminated, truncated, info)
+                for episode in ended_episodes(info):
+                    run.log_episode(episode)
+            batch = agent.targets(rollout)  # lines 4, 5
+            fraction = run.step / args.total_timesteps if args.anneal else 0.0
+            agent.optimizer.param_groups[0]["lr"] = linear(args.learning_rate, 0.0, fraction)
+            for _ in range(args.update_epochs):
+                for rows in torch.randperm(batch_size, device=device).chunk(args.num_minibatches):
+                    minibatch = {name: x[rows] for name, x in batch.items()}
+                    run.log(agent.update(minibatch))  # lines 6, 7
+            run.log(agent.diagnostics(batch))
+            run.advance(batch_size)
+            run.evaluate_and_save(evaluation)
+        return run.finish(evaluation)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Plumbing: the same, to the letter, in every script that has it
+# Plumbing: the same in every script that has it
 
 
 def require(condition: bool, message: str):
-    """Leave with one line and exit code 2 unless the condition holds."""
+    """Exit with code 2 and one line unless the condition holds."""
     if not condition:
         print("error:", *message.split(), file=sys.stderr)
         raise SystemExit(2)
 
 
-def set_up_torch(seed: int, device: str, num_threads: int) -> torch.device:
-    """Seed every generator, set the number of threads, and return the device; `auto` is the GPU if there is one."""
-    gpu = torch.cuda.is_available()
-    require(device in ("auto", "cpu") or (gpu and device == "cuda"), f"device {device}: auto, cpu or, with a GPU, cuda")
-    require(num_threads >= 1, "num_threads must be positive")
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-    torch.set_num_threads(num_threads)
+def check(args, **ranges: tuple[float, float]):
+    """Exit with code 2 and one line unless the settings are finite and lie in these closed ranges."""
+    ranges |= dict(total_timesteps=(1, math.inf), eval_episodes=(1, math.inf), num_threads=(1, os.cpu_count()))
+    ranges |= dict(eval_every=(0, math.inf), checkpoint_every=(0, math.inf), seed=(0, 2**32 - 1))
+    for name, (low, high) in ranges.items():
+        for value in np.ravel(getattr(args, name, [])):
+            fits = low <= value <= high and math.isfinite(value)
+            require(fits, f"--{name.replace('_', '-')} must lie in [{low}, {high}], it is {value}")
+
+
+def set_up_torch(args) -> torch.device:
+    """Seed every random generator, set the number of threads, and return the device."""
+    device, gpu = getattr(args, "device", "cpu"), torch.cuda.is_available()
+    fits = device in ("auto", "cpu") or (device == "cuda" and gpu)
+    require(fits, f"--device must be auto, cpu or, with a GPU, cuda, it is {device}")
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(getattr(args, "num_threads", 1))
     return torch.device("cuda" if gpu and device != "cpu" else "cpu")
 
 
-def check_settings(args, processes: int):
-    """Leave with one line if the settings of an on-policy run are impossible."""
-    counts = (args.num_envs, args.num_steps, args.num_minibatches, args.update_epochs)
-    require(min(counts) >= 1, "num_envs, num_steps, num_minibatches and update_epochs must be positive")
-    require(args.num_envs % processes == 0, f"num_envs must be a multiple of the {processes} processes")
-    batch_size = args.num_envs // processes * args.num_steps
-    require(batch_size >= 2, "num_envs * num_steps must be at least 2 in each process")
-    require(batch_size % args.num_minibatches == 0, f"num_minibatches must divide the {batch_size} steps of a process")
-    require(0 <= args.gamma <= 1 and 0 <= args.lam <= 1, "gamma and lam must lie in [0, 1]")
-    require(0 < args.epsilon < 1, "epsilon must lie in (0, 1)")
-    require(min(args.learning_rate, args.max_grad_norm) > 0, "learning_rate and max_grad_norm must be positive")
-    require(min(args.value_coef, args.entropy_coef) >= 0, "value_coef and entropy_coef must not be negative")
+class FlatAdam(torch.optim.Adam):
+    """Adam on all parameters as one vector, of which they become views: for small networks this is much faster."""
+
+    def __init__(self, parameters, **options):
+        parameters = list(parameters)
+        vector = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
+        vector.grad = torch.zeros_like(vector)
+        nn.utils.vector_to_parameters(vector, parameters)
+        for parameter, gradient in zip(parameters, vector.grad.split([p.numel() for p in parameters])):
+            parameter.grad = gradient.view_as(parameter)
+        super().__init__([vector], fused=True, **options)
+
+    def zero_grad(self, set_to_none: bool = False):
+        super().zero_grad(set_to_none=False)  # the gradients stay views
 
 
-def join_processes(device: torch.device, processes: int) -> torch.device:
-    """Under torchrun, meet the other processes; on GPUs, each takes its own. Returns the device."""
-    if processes > 1:
-        if device.type == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        distributed.init_process_group(backend, timeout=timedelta(days=7))  # an evaluation keeps the others waiting
-        atexit.register(distributed.destroy_process_group)
-    return device
-
-
-def average_(x):
-    """Make a tensor its mean over the processes, if there are several; returns it."""
-    if distributed.is_initialized():
-        distributed.all_reduce(x)
-        x /= distributed.get_world_size()
-    return x
-
-
-class ImageFeatures(nn.Module):
-    """Images of bytes (batch, stack, channels, height, width) -> features (batch, width)."""
-
-    def __init__(self, stack: int, channels: int, *height_width: int):
-        super().__init__()
-        if min(height_width) >= 36:  # the slides' layers
-            layers = ((32, 8, 4), (64, 4, 2), (64, 3, 1))
-        else:  # MinAtar's: Young & Tian, 2019
-            layers = ((16, 3, 1),)
-        self.net, width = nn.Sequential(), stack * channels
-        for out, kernel, stride in layers:
-            self.net.extend([nn.Conv2d(width, out, kernel, stride), nn.ReLU(inplace=True)])
-            width = out
-        self.width = self.net(torch.zeros(1, stack * channels, *height_width)).numel()
-
-    def forward(self, s):
-        return self.net(s.flatten(1, 2) / 255).flatten(1)
-
-
-def network(obs_shape: tuple, outputs: int, gain: float) -> nn.Sequential:
-    """Two tanh layers for vectors, convolutions for images of bytes; orthogonal weights, `gain` for the last layer."""
-    if len(obs_shape) == 1:
-        net = nn.Sequential(nn.Linear(obs_shape[0], 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh())
-    else:
-        features = ImageFeatures(*obs_shape)
-        net = nn.Sequential(features, nn.Linear(features.width, 128), nn.ReLU(inplace=True))
-    net.append(nn.Linear(net[-2].out_features, outputs))
-    for layer in net.modules():
-        if isinstance(layer, (nn.Linear, nn.Conv2d)):
-            nn.init.orthogonal_(layer.weight, gain if layer is net[-1] else math.sqrt(2))
-            nn.init.zeros_(layer.bias)
-    return net
-
-
-def as_one_parameter(parameters: list) -> nn.Parameter:
-    """The parameters and their gradients become views of this one: one norm, one step, one message for all."""
-    one = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
-    one.grad = torch.zeros_like(one)
-    nn.utils.vector_to_parameters(one, parameters)
-    for parameter, gradient in zip(parameters, one.grad.split([p.numel() for p in parameters])):
-        parameter.grad = gradient.view_as(parameter)
-    return one
+def linear(start: float, end: float, fraction: float) -> float:
+    """From start to end, linearly, while the fraction goes from 0 to 1; then end."""
+    return start + min(fraction, 1.0) * (end - start)
 
 
 class RunningMoments(nn.Module):
-    """Normalises rows by the mean and the deviation of all rows that `update` saw; each process counts its own."""
+    """Normalises rows by the mean and the standard deviation of all rows that `update` has seen."""
 
     def __init__(self, *shape: int):
         super().__init__()
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
-        self.register_buffer("moments", torch.stack([torch.zeros(shape), torch.ones(shape)]).double())
-        self.register_buffer("mean", torch.zeros(shape))
-        self.register_buffer("std", torch.ones(shape))
+        self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
+        self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
 
     def update(self, rows):
-        moments = average_(torch.stack([rows.double().mean(dim=0), rows.double().square().mean(dim=0)]))
-        self.count += len(rows)
-        self.moments.lerp_(moments, len(rows) / self.count)
-        self.mean.copy_(self.moments[0])
-        self.std.copy_((self.moments[1] - self.moments[0].square()).clamp(min=1e-8).sqrt())
+        rows, old_mean, count = rows.double(), self.mean.clone(), self.count + len(rows)
+        self.mean += (rows.mean(dim=0) - self.mean) * len(rows) / count
+        squares = self.count * (self.var + (old_mean - self.mean).square()) + (rows - self.mean).square().sum(dim=0)
+        self.var.copy_(squares / count)
+        self.count.copy_(count)
 
     def forward(self, rows):
-        return (rows - self.mean) / self.std
+        return (rows - self.mean.float()) / self.var.clamp(min=1e-8).sqrt().float()
 
 
 class RewardScale(RunningMoments):
-    """Divides rewards (T, N) by the deviation of the discounted returns up to each step."""
+    """Divides rewards (T, N) by the standard deviation of the discounted returns up to each step."""
 
     def __init__(self, gamma: float):
         super().__init__()
@@ -394,7 +357,7 @@ class RewardScale(RunningMoments):
             returns[t] = r[t] + self.gamma * self.returns
             self.returns = returns[t] * (1 - done[t])
         self.update(returns.flatten())
-        return (r / self.std).clamp(-10, 10)
+        return (r / self.var.clamp(min=1e-8).sqrt().float()).clamp(-10, 10)
 
 
 class Rollout:
@@ -402,133 +365,121 @@ class Rollout:
 
     def __init__(self, num_steps: int, envs: gym.vector.VectorEnv, device: torch.device):
         obs_space, action_space, size = envs.single_observation_space, envs.single_action_space, envs.num_envs
-        obs_type = torch.uint8 if len(obs_space.shape) == 4 else torch.float32
-        self.obs = torch.zeros(num_steps + 1, size, *obs_space.shape, dtype=obs_type, device=device)
+        self.obs = torch.zeros(num_steps + 1, size, *obs_space.shape, device=device)
         action_type = torch.float32 if isinstance(action_space, gym.spaces.Box) else torch.int64
         self.a = torch.zeros(num_steps, size, math.prod(action_space.shape), dtype=action_type, device=device)
         self.r_ends = np.zeros((3, num_steps, size), dtype=np.float32)
+        self.cut = {}  # by step and environment, the last observation before a time limit
 
     def start(self, obs):
         """Begin anew with the observations s_0 (N, *obs_shape)."""
         self.obs[0], self.cut = torch.as_tensor(obs), {}
 
-    def add(self, t: int, obs, r, terminated, truncated, info: dict) -> list[dict]:
-        """What the environments answer to a[t]: obs (N, *obs_shape), the others (N,); returns the episodes that ended.
-
-        Where one did, obs is already the next one's first.
-        """
-        self.obs[t + 1] = torch.as_tensor(obs)
+    def add(self, t: int, a, obs, r, terminated, truncated, info: dict):
+        """Step t: a (N, action_dim) and what it led to; obs (N, *obs_shape) is the next episode's first where one ended."""
+        self.a[t], self.obs[t + 1] = a, torch.as_tensor(obs)
         self.r_ends[:, t] = r, terminated, terminated | truncated
         for n in np.flatnonzero(truncated):
             self.cut[t, n] = torch.as_tensor(info["final_obs"][n], dtype=self.obs.dtype, device=self.obs.device)
-        episode = info.get("final_info", {}).get("episode", {})
-        return [{"r": episode["r"][n], "l": episode["l"][n]} for n in np.flatnonzero(episode.get("_r", []))]
 
-    def tensors(self) -> tuple:
-        """obs (T + 1, N, *obs_shape), a (T, N, action_dim), r, terminated, done (T, N), cut."""
-        return self.obs, self.a, *torch.from_numpy(self.r_ends).to(self.obs.device), self.cut
+    def r_terminated_done(self):
+        """r, terminated and done, terminated or truncated, as tensors (T, N)."""
+        return torch.from_numpy(self.r_ends).to(self.obs.device).unbind()
 
 
-def playable(a, space: gym.Space) -> np.ndarray:
+def ended_episodes(info: dict) -> list[dict]:
+    """The returns and lengths of the episodes that ended in a step of vector environments."""
+    episode = info.get("final_info", {}).get("episode", {})
+    return [{"r": episode["r"][n], "l": episode["l"][n]} for n in np.flatnonzero(episode.get("_r", []))]
+
+
+def to_env(a, space: gym.Space) -> np.ndarray:
     """Actions (batch, action_dim) of a policy as an environment takes them: inside the Box, in the space's shape."""
     a = a.cpu().numpy().reshape(-1, *space.shape)
-    return np.clip(a, space.low, space.high) if isinstance(space, gym.spaces.Box) else a + space.start
+    return np.clip(a, space.low, space.high) if isinstance(space, gym.spaces.Box) else a
 
 
-def make_envs(env_id: str, env_kwargs: str, num_envs: int, normalize_obs: bool) -> gym.vector.VectorEnv:
-    """Environments that step together, each reset in the very step that ends its episode, with spaces that fit."""
-    makers = [lambda: make_any_env(env_id, env_kwargs, training=True)] * num_envs
-    envs = gym.vector.SyncVectorEnv(makers, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
-    obs_space, action_space = envs.single_observation_space, envs.single_action_space
-    fits = isinstance(action_space, (gym.spaces.Discrete, gym.spaces.MultiDiscrete, gym.spaces.Box))
-    require(fits, f"{env_id} has {action_space}; Discrete, MultiDiscrete and Box actions fit")
-    require(len(obs_space.shape) == 1 or not normalize_obs, f"normalize_obs is for vectors, {env_id} has images")
-    return envs
+def make_envs(args, make) -> gym.vector.VectorEnv:
+    """Environments of `make` that step together, each reset in the very step that ends its episode."""
+    return gym.vector.SyncVectorEnv([make] * args.num_envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
 
 
-def make_env(env_id: str, env_kwargs: str, film: Path | None = None) -> gym.Env:
-    """The environment, its episodes counted; with `film`, the first of them recorded into that folder."""
-    if film and sys.platform == "linux" and "DISPLAY" not in os.environ:
-        os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo draws without a display
-    gym.logger.min_level = gym.logger.ERROR  # no word about newer versions of the environment at each evaluation
-    try:
-        env = gym.make(env_id, render_mode="rgb_array" if film else None, **json.loads(env_kwargs))
-        if film:
-            env = gym.wrappers.RecordVideo(env, str(film), episode_trigger=lambda episode: episode == 0)
-    except (gym.error.Error, ImportError, RuntimeError, TypeError, ValueError) as error:
-        require(False, f"cannot make {env_id}: {error}")
-    return gym.wrappers.RecordEpisodeStatistics(env)
+class Episodes(gym.Wrapper):
+    """Counts episodes' returns and lengths, copies observations, and refuses numbers that are not finite."""
 
-
-def optional(module: str, package: str):
-    """The module, which only some environments need; without it, the line that installs it."""
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        require(False, f"this environment needs {module}: pip install {package}")
-
-
-class AtariTraining(gym.Wrapper):
-    """In training only: rewards keep nothing but their sign; a lost life ends the episode, and the game goes on."""
-
-    game_over = True
-
-    def reset(self, *, seed: int | None = None, options: dict | None = None):
-        info = {}
-        if self.game_over or seed is not None:
-            self.obs, info = self.env.reset(seed=seed, options=options)
-        self.lives = self.unwrapped.ale.lives()
-        return self.obs, info
+    def reset(self, **kwargs):
+        obs, info = self.env.reset(**kwargs)
+        self.episode = {"r": 0.0, "l": 0}
+        return copy.copy(obs), info
 
     def step(self, action):
-        self.obs, reward, terminated, truncated, info = self.env.step(action)
-        self.game_over = terminated or truncated
-        life_lost = self.unwrapped.ale.lives() < self.lives
-        return self.obs, float(np.sign(reward)), terminated or life_lost, truncated, info
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        reward = float(np.asarray(reward).item())  # which may have the shape (1,)
+        if not (math.isfinite(reward) and np.isfinite(obs).all()):
+            raise FloatingPointError(f"{self.spec.id} gave the observation {obs} and the reward {reward}")
+        self.episode = {"r": self.episode["r"] + reward, "l": self.episode["l"] + 1}
+        if terminated or truncated:
+            info = info | {"episode": self.episode}
+        return copy.copy(obs), reward, bool(terminated), bool(truncated), info
 
 
-def make_any_env(env_id: str, env_kwargs: str, film: Path | None = None, training: bool = False) -> gym.Env:
-    """make_env; images become bytes (stack, channels, height, width), Atari's as Mnih et al. (2015) prepare them."""
-    atari, minatar = env_id.startswith("ALE/") or "NoFrameskip" in env_id, env_id.startswith("MinAtar/")
-    if atari:
-        fixed = any(word in env_kwargs for word in ("frameskip", "continuous", "obs_type"))
-        require(not fixed, "Atari games are prepared as in 2015: leave out frameskip, continuous and obs_type")
-        optional("cv2", "opencv-python-headless")
-        gym.register_envs(optional("ale_py", "ale-py"))
-        if env_id in gym.registry:
-            gym.registry[env_id].kwargs["frameskip"] = 1  # AtariPreprocessing skips
-    if minatar and "MinAtar/Breakout-v1" not in gym.registry:
-        optional("minatar.gym", "minatar").register_envs()
-    env = make_env(env_id, env_kwargs, film)
-    if atari:
-        env = gym.wrappers.AtariPreprocessing(env.env, grayscale_newaxis=True)  # .env: episodes count below
-        env = gym.wrappers.RecordEpisodeStatistics(env)
-        env = AtariTraining(env) if training else env
-    space = env.observation_space
-    if len(space.shape or ()) == 3 and space.dtype in (np.uint8, bool):
-        bytes_space = gym.spaces.Box(0, 255, (space.shape[2], *space.shape[:2]), np.uint8)
-        scale = np.uint8(255 if space.dtype == bool else 1)
-        env = gym.wrappers.TransformObservation(env, lambda x: np.moveaxis(x, 2, 0) * scale, bytes_space)
-        env = gym.wrappers.FrameStackObservation(env, 1 if minatar else 4)
-    space = env.observation_space
-    axes = len(space.shape) if isinstance(space, gym.spaces.Box) else 0
-    fits = axes == 1 or (axes == 4 and space.dtype == np.uint8 and min(space.shape[2:]) >= 3)
-    require(fits, f"{env_id} has {space}; vectors and images of bytes fit, q_learning takes Discrete")
-    return env
+def make_env(args, film: Path | None = None) -> gym.Env:
+    """The environment of the settings; with `film`, its first episode is recorded in that folder."""
+    if args.capture_video and sys.platform == "linux" and "DISPLAY" not in os.environ:
+        os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo draws without a display
+    gym.logger.min_level = gym.logger.ERROR  # no word about newer versions of the environment at each evaluation
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # where `my_module:MyEnv-v0` may be
+    try:
+        kwargs = json.loads(args.env_kwargs) | ({"render_mode": "rgb_array"} if args.capture_video else {})
+        env = gym.make(args.env_id, **kwargs)
+        if args.capture_video:  # what a film lacks is found before training
+            importlib.import_module("moviepy")
+            env.reset(seed=args.seed)
+            env.render()
+        if film:
+            env = gym.wrappers.RecordVideo(env, str(film), episode_trigger=lambda episode: episode == 0)
+    except Exception as error:  # whatever an environment raises, its user reads one line
+        problem = str(error) or type(error).__name__
+        require(False, f"cannot make {args.env_id} with --env-kwargs {args.env_kwargs}: {problem}")
+    return Episodes(env)
+
+
+def require_spaces(env: gym.Env, obs: str, action: str):
+    """Exit with code 2 and one line unless the spaces are of these kinds, such as "Discrete or vector": see kind_of."""
+    scripts = {"Discrete Discrete": "q_learning, sarsa", "vector Discrete": "dqn, ppo", "vector vector": "td3, ppo"}
+    scripts |= {"vector MultiDiscrete": "ppo", "image Discrete": "dqn_atari, ppo_atari"}
+    kinds = [kind_of(space) for space in (env.observation_space, env.action_space)]
+    for kind, needed in zip(kinds, (obs, action)):
+        problem = f"{Path(__file__).stem} needs {obs} observations and {action} actions; {env.spec.id} has "
+        problem += f"{env.observation_space} and {env.action_space}; try "
+        problem += scripts.get(" ".join(kind.removeprefix("bounded ") for kind in kinds), "another environment")
+        require({kind, kind.removeprefix("bounded ")} & set(needed.split(" or ")), problem)
+
+
+def kind_of(space: gym.Space) -> str:
+    """Discrete, MultiDiscrete (from 0 on), vector, bounded vector (Boxes of one axis), image (of bytes) or other."""
+    if isinstance(space, gym.spaces.Box):
+        image = len(space.shape) == 3 and space.dtype in (np.uint8, bool)
+        vector = "bounded vector" if space.is_bounded() else "vector"
+        return vector if len(space.shape) == 1 else "image" if image else "other"
+    discrete = isinstance(space, (gym.spaces.Discrete, gym.spaces.MultiDiscrete)) and not np.any(space.start)
+    return type(space).__name__ if discrete else "other"
 
 
 def evaluate(act, env: gym.Env, episodes: int, max_steps: int = 27_000) -> list[float]:
-    """Undiscounted returns of `act` (observation -> action) in `env`, always from the same seeds; closes `env`."""
+    """Undiscounted returns of `act` without exploration in `env`, always from the same seeds; closes `env`."""
     returns = []
     for episode in range(episodes):
         obs, _ = env.reset(seed=10_000 + episode)
         returns.append(0.0)
         for _ in range(max_steps):  # where no time limit ends an episode, a greedy policy may walk in circles
-            obs, reward, terminated, truncated, _ = env.step(act(obs))
-            returns[-1] += float(reward)
+            obs, reward, terminated, truncated, _ = env.step(act(obs, explore=False))
+            returns[-1] += reward
             if terminated or truncated:
                 break
-    env.close()
+    with contextlib.suppress(Exception):  # an environment that cannot be closed has been evaluated all the same
+        env.close()
     return returns
 
 
@@ -538,60 +489,76 @@ def parts_of(agent) -> dict:
 
 
 class Run:
-    """A run's folder and what goes there: settings, TensorBoard log, checkpoint, result; and its progress bar."""
+    """A run's folder (settings, TensorBoard log, checkpoint, result), its clock and its progress bar.
 
-    def __init__(self, script: str, args):
-        require(min(args.total_timesteps, args.eval_episodes) >= 1, "total_timesteps, eval_episodes must be positive")
-        require(min(args.eval_every, args.checkpoint_every) >= 0, "eval_every, checkpoint_every must not be negative")
-        require(0 <= args.seed < 2**32, "seed must lie in [0, 2**32)")
-        if args.resume:
-            settings = Path(args.resume) / "args.json"
-            saved = json.loads(settings.read_text()) if settings.is_file() else {}
-            given, default = asdict(args) | {"run_dir": args.resume}, asdict(type(args)())
-            mine = saved.pop("script", "") == script and saved.keys() == given.keys()
-            require(mine, f"{args.resume} is not the folder of a run of this {script}")
-            saved |= {"run_dir": args.resume, "resume": args.resume}
-            typed = {word.split("=")[0].strip("-").replace("-", "_") for word in sys.argv[1:]}
-            other = [k for k in given if given[k] != saved[k] and (given[k] != default[k] or k in typed)]
-            require(not other, f"{args.resume} has other settings: " + ", ".join(f"{k} {saved[k]}" for k in other))
-            args = type(args)(**saved)
-        name = f"{args.env_id.replace('/', '-')}__{script}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-        self.script, self.args, self.folder = script, args, Path(args.run_dir or f"runs/{name}")
+    `with Run(args, **parts)` opens the folder or, to resume, loads its checkpoint into the parts, each with a
+    state_dict. Ctrl-C and SIGTERM end the run at the end of a step, with a checkpoint. A full disk and numbers that are
+    not finite end it with one line; the last checkpoint then stays as it is.
+    """
 
-    def start(self, last: int, **parts):
-        """Open the folder; load the checkpoint of the run to resume, if there is one. The run ends at step `last`."""
-        self.last, self.parts, self.step, self.seconds = last, parts, 0, 0.0
-        self.sums, self.next_line, self.status = {}, 30.0, "no episode yet"
-        checkpoint = self.folder / "checkpoint.pt"
-        if not self.args.resume:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for old in (checkpoint, self.folder / "result.json"):
-                old.unlink(missing_ok=True)
-            (self.folder / "args.json").write_text(json.dumps({"script": self.script, **asdict(self.args)}, indent=1))
-        elif checkpoint.exists():
-            state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=os.name == "posix")
+    def __init__(self, args, **parts):
+        name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        self.folder = Path(args.run_dir or f"runs/{name}").absolute()  # an environment may change the working folder
+        self.args, self.parts, self.step, self.seconds, self.saved, self.flushed = args, parts, 0, 0.0, -1, 0
+        self.sums, self.next_line, self.status, self.signal = {}, 30.0, "no episode yet", 0
+        free = args.resume or not (self.folder / "args.json").exists()
+        require(free, f"{self.folder} holds a run: --resume it, or choose another --run-dir")
+        if args.resume and (self.folder / "checkpoint.pt").exists():
+            self.load(self.folder / "checkpoint.pt")
+        settings = json.dumps({"script": Path(__file__).stem, **asdict(args)}, indent=1)
+        self.write("args.json", lambda path: path.write_text(settings))
+        self.writer = SummaryWriter(self.folder, purge_step=self.step + (self.step < args.total_timesteps))
+        self.bar = tqdm(initial=self.step, total=args.total_timesteps, unit="step", disable=None)
+        self.began = time.perf_counter() - self.seconds
+
+    def __enter__(self):
+        with contextlib.suppress(ValueError):  # only the main thread receives signals
+            signal.signal(signal.SIGINT, self.interrupt)
+            signal.signal(signal.SIGTERM, self.interrupt)
+        return self
+
+    def interrupt(self, number: int, frame):
+        """The run ends with this step, or after this evaluation; the same signal again ends it at once."""
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def load(self, path: Path):
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=os.name == "posix")
             self.step, self.seconds, (cpu, *gpus) = state["step"], state["seconds"], state["rng"]
             torch.set_rng_state(cpu)
             torch.cuda.set_rng_state_all(gpus[: torch.cuda.device_count()])
-            for name, part in parts.items():
+            for name, part in self.parts.items():
                 part.load_state_dict(state[name])
-        self.writer = SummaryWriter(self.folder, purge_step=self.step + 1)
-        self.bar = tqdm(initial=self.step, total=last, unit="step", disable=None)
-        self.began = time.perf_counter() - self.seconds
+        except Exception as error:  # cut off, empty, of other settings
+            require(False, f"{path} is not a checkpoint of this run: {error!r:.200}")
+        self.saved = self.flushed = self.step
+
+    def write(self, name: str, save):
+        """Let save(path) write a file aside, then put it in place: a crash leaves the old file or the new one."""
+        aside = self.folder / f"{name}.tmp"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save(aside)
+            os.replace(aside, self.folder / name)
+        except (OSError, RuntimeError) as error:  # no permission, a full disk
+            with contextlib.suppress(OSError):
+                aside.unlink()
+            require(False, f"cannot write {self.folder / name}; what was saved before stays: {error!r:.200}")
 
     def advance(self, count: int = 1):
         """`count` more environment steps are done."""
         self.step, self.stride, self.seconds = self.step + count, count, time.perf_counter() - self.began
         self.bar.update(count)
-        if self.due(max(self.last // 500, 1)):
+        if self.due(max(self.args.total_timesteps // 500, 1)):
             self.flush()
         if self.bar.disable and self.seconds > self.next_line:  # no terminal: a line now and then
-            self.next_line = self.seconds + 30
-            print(f"{self.step}/{self.last} steps | {self.status} | {self.step / self.seconds:.0f} steps/s", flush=True)
+            self.next_line, speed = self.seconds + 30, self.step / self.seconds
+            print(f"{self.step}/{self.args.total_timesteps} steps | {self.status} | {speed:.0f} steps/s", flush=True)
 
     def due(self, every: int) -> bool:
         """Did the latest steps complete a multiple of `every`? Not at the end: `finish` evaluates and saves anyway."""
-        return every > 0 and self.step % every < self.stride and self.step < self.last
+        return every > 0 and self.step % every < self.stride and self.step < self.args.total_timesteps
 
     def log(self, scalars: dict):
         """Collect scalars; five hundred times a run their means since the last time go to TensorBoard."""
@@ -606,67 +573,108 @@ class Run:
         self.bar.set_description_str(self.status, refresh=False)
 
     def flush(self):
-        """Write what `log` collected. A loss that is not finite ends the run: the last checkpoint is still good."""
-        for tag, (total, count) in self.sums.items():
-            mean = float(total) / count
-            good = math.isfinite(mean) or not tag.startswith("losses/")
-            require(good, f"{tag} is {mean} at step {self.step}; the last good checkpoint, if any, is in {self.folder}")
-            self.writer.add_scalar(tag, mean, self.step)
-        self.writer.add_scalar("charts/steps_per_second", self.step / self.seconds, self.step)
-        self.sums = {}
+        """Write what `log` collected, at most once a step. A loss that is not finite ends the run."""
+        if self.step > self.flushed:
+            self.log({"charts/steps_per_second": self.step / self.seconds})
+            for tag, (total, count) in self.sums.items():
+                mean = float(total) / count
+                if tag.startswith("losses/") and not math.isfinite(mean):
+                    raise FloatingPointError(f"{tag} is {mean}")
+                self.writer.add_scalar(tag, mean, self.step)
+            self.sums, self.flushed = {}, self.step
 
     def save(self):
-        """Write the checkpoint aside, then put it in place: a kill leaves the old one or the new one, never a half."""
+        """Write the checkpoint, unless one of its numbers is not finite."""
         self.flush()
         self.writer.flush()
-        rng = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
-        states = {name: part.state_dict() for name, part in self.parts.items()}
-        torch.save({"step": self.step, "seconds": self.seconds, "rng": rng, **states}, self.folder / "checkpoint.tmp")
-        os.replace(self.folder / "checkpoint.tmp", self.folder / "checkpoint.pt")
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        if not is_finite(state):
+            raise FloatingPointError("a number in the checkpoint is not finite")
+        state |= {"step": self.step, "seconds": self.seconds}
+        state["rng"] = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+        self.write("checkpoint.pt", lambda path: torch.save(state, path))
+        self.saved = self.step
 
     def evaluate_and_save(self, evaluation):
-        """Each when it is due; `evaluation` returns the returns of its episodes."""
+        """Each when it is due; `evaluation` returns the returns of its episodes. Ends the run after a signal."""
         if self.due(self.args.eval_every):
             self.writer.add_scalar("eval/return", np.mean(evaluation()), self.step)
-        if self.due(self.args.checkpoint_every):
+        if self.due(self.args.checkpoint_every) or self.signal:
             self.save()
+        if self.signal:
+            print(f"\nstopped at step {self.step}; continue with --resume {self.folder}", file=sys.stderr)
+            raise SystemExit(128 + self.signal)
 
     def finish(self, evaluation) -> dict:
         """Save, evaluate once more (and film it, if asked), write result.json, print the final line."""
-        self.save()
+        if self.step > self.saved:
+            self.save()
         self.bar.close()
         returns = evaluation(self.folder / "videos" if self.args.capture_video else None)
         mean, std, speed = float(np.mean(returns)), float(np.std(returns)), self.step / self.seconds
         self.writer.add_scalar("eval/return", mean, self.step)
-        self.writer.close()
-        result = {"script": self.script, "args": asdict(self.args), "return": mean, "std": std, "returns": returns}
-        result |= {"steps": self.step, "seconds": self.seconds, "steps_per_second": speed}
-        (self.folder / "result.json").write_text(json.dumps(result, indent=1))
+        result = {"script": Path(__file__).stem, "args": asdict(self.args), "return": mean, "std": std}
+        result |= {"returns": returns, "steps": self.step, "seconds": self.seconds, "steps_per_second": speed}
+        self.write("result.json", lambda path: path.write_text(json.dumps(result, indent=1)))
         print(f"final: return {mean:.2f} ± {std:.2f} over {len(returns)} episodes", end=" | ")
         print(f"{self.step} steps | {self.seconds:.1f} s | {speed:.0f} steps/s")
         return result
 
+    def __exit__(self, kind, error, trace):
+        """Say in one line why the loop ended early; below it, an error of the environment keeps its traceback."""
+        with contextlib.suppress(ValueError):
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self.bar.close()
+        self.writer.close()
+        if isinstance(error, Exception):
+            ending = f"at step {self.step}; the last good checkpoint, if any, is in {self.folder}"
+            broken = [f"{name} is not finite" for name, part in self.parts.items() if not is_finite(part.state_dict())]
+            problems = broken + [str(error)] * isinstance(error, FloatingPointError)
+            require(not problems, f"{', '.join(problems)} {ending}")
+            print(f"{type(error).__name__} {ending}", file=sys.stderr)
 
-class SilentRun(Run):
-    """The run of every process but the first: it reads the checkpoint, counts, and writes nothing."""
 
-    def start(self, last: int, **parts):
-        self.step, checkpoint = 0, self.folder / "checkpoint.pt"
-        if self.args.resume and checkpoint.exists():
-            state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=os.name == "posix")
-            self.step = state["step"]
-            for name, part in parts.items():
-                part.load_state_dict(state[name])
-        torch.manual_seed(self.args.seed + self.step + int(os.environ["RANK"]))
+def is_finite(state) -> bool:
+    """Are all numbers of a state_dict finite?"""
+    if isinstance(state, torch.Tensor):
+        return bool(state.isfinite().all())
+    inner = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
+    return all(map(is_finite, inner))
 
-    def advance(self, count: int = 1):
-        self.step += count
 
-    def nothing(self, *_):
-        pass
+def saved_args(folder: str) -> Args:
+    """The settings of the run in this folder, to resume it; exits with code 2 and one line if it holds no such run."""
+    path, script, default = Path(folder) / "args.json", Path(__file__).stem, asdict(Args())
+    try:
+        saved = json.loads(path.read_text())
+        fits = saved.pop("script") == script and saved.keys() == default.keys()
+        fits = fits and all(isinstance(saved[name], (type(default[name]), int)) for name in default)
+    except (OSError, ValueError, AttributeError, KeyError):
+        fits = False
+    require(fits, f"{path} does not hold the settings of a run of {script}")
+    return Args(**saved | {"run_dir": folder, "resume": folder})
 
-    log = log_episode = flush = evaluate_and_save = finish = nothing
+
+def main():
+    """Train with the settings of the command line; beside --resume, with those of the run in that folder."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal without UTF-8
+    description = __doc__.replace("\n", "\n ")  # tyro keeps the line breaks before indented lines
+    args = tyro.cli(Args, description=description)
+    if args.resume:
+        saved = saved_args(args.resume)
+        args = tyro.cli(Args, description=description, default=saved)
+        renewable = {"total_timesteps", "eval_every", "eval_episodes", "checkpoint_every", "capture_video"}
+        renewable |= {"device", "num_threads", "compile"}
+        other = {name for name, value in vars(args).items() if value != vars(saved)[name]} - renewable
+        require(not other, f"beside --resume, leave out {', '.join(sorted(other))}: these settings of a run stay")
+    try:
+        train(args)
+    except (MemoryError, RuntimeError) as error:
+        require("memory" not in f"{error!r}".lower(), f"not enough memory: {error}")
+        raise
 
 
 if __name__ == "__main__":
-    train(tyro.cli(Args))
+    main()
