@@ -376,7 +376,7 @@ class Rollout:
         self.obs[0], self.cut = torch.as_tensor(obs), {}
 
     def add(self, t: int, a, obs, r, terminated, truncated, info: dict):
-        """Step t: a (N, action_dim) and what it led to; obs (N, *obs_shape) is the next episode's first where one ended."""
+        """Step t: a (N, action_dim) and what it led to; obs is the next episode's first where one ended."""
         self.a[t], self.obs[t + 1] = a, torch.as_tensor(obs)
         self.r_ends[:, t] = r, terminated, terminated | truncated
         for n in np.flatnonzero(truncated):

@@ -390,6 +390,7 @@ TASKS = [  # the first task of a script is the one that README shows
         "--entropy-coef 0 --learning-rate 0.0003 --normalize-obs --normalize-reward",
         900,
         "CleanRL: 963 ± 22 after 1,000,000 steps, InvertedPendulum-v4",
+        seeds=5,
     ),
     Task(
         "ppo__HalfCheetah-v4",
