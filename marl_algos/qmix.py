@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["gymnasium", "mpe2", "numpy", "pettingzoo", "tensorboard", "torch", "tqdm", "tyro"]
+# dependencies = ["gymnasium", "moviepy", "mpe2", "numpy", "pettingzoo", "tensorboard", "torch", "tqdm", "tyro"]
 # ///
 """QMIX: monotonic value function factorisation.
 
@@ -37,14 +37,16 @@ as 0. A time limit is not a terminal state: line 14 still bootstraps.
 Result  simple_spread: to be measured
 """
 
+import contextlib
 import copy
 import difflib
-import importlib.util
+import importlib
 import json
 import math
 import os
 import pkgutil
 import random
+import signal
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -66,66 +68,68 @@ from tqdm import tqdm
 @dataclass
 class Args:
     env_id: str = "mpe2.simple_spread_v3"
-    """a module with a PettingZoo `parallel_env` of discrete actions; adapters to other suites are in envs/"""
+    """a module with a PettingZoo `parallel_env` of discrete actions; envs.… are the adapters of marl_algos/envs/"""
     env_kwargs: str = "{}"
     """arguments of the environment, as JSON"""
     team: str = ""
-    """train the agents whose names begin so; the others act at random"""
+    """train the agents whose names start with this prefix; the others act at random"""
     reward_mode: Literal["mean", "sum"] = "mean"
-    """r, the mean or the sum of the agents' rewards"""
+    """r of line 7, the mean or the sum of the agents' rewards"""
+    max_episode_steps: int = 1_000
+    """steps after which an episode is cut, as by a time limit"""
     total_timesteps: int = 500_000
-    """environment steps, of all copies together; in one step all agents act"""
+    """environment steps of all copies together; in one step all agents act"""
     num_envs: int = 8
-    """copies of the environment that play at once"""
+    """copies of the environment that play at the same time"""
     updates: int = 1
-    """updates for each episode that was played"""
+    """updates per episode"""
     gamma: float = 0.9
-    """γ, discount"""
+    """discount factor, γ of line 14"""
     td_lambda: float = 0.8
-    """λ of the λ-return in line 14; 0 for one-step targets"""
+    """λ of line 14; 0 for the paper's one-step targets"""
     learning_rate: float = 1e-3
-    """Adam's learning rate"""
+    """learning rate of Adam"""
     anneal: bool = True
     """anneal the learning rate linearly to 0"""
     recurrent: bool = True
-    """the GRU of line 5; without it, a linear layer of the same width sees only the current input"""
+    """whether the agents' network has the GRU of line 5, or a linear layer without memory in its place"""
     hidden_dim: int = 64
-    """width of the agents' network"""
+    """width of the agents' network, GRU included"""
     mixing_dim: int = 32
-    """width of Q_tot's hidden layer"""
+    """width of the mixing network's hidden layer, the length of b1 in line 11"""
     normalize_state: bool = True
     """apply LayerNorm to s before the hypernetworks"""
     buffer_size: int = 5_000
-    """episodes that D holds"""
+    """episodes that the replay D holds"""
     batch_size: int = 32
-    """episodes in one update"""
+    """episodes in the batch of one update, line 9"""
     target_every: int = 100
-    """updates between two copies to the target networks (line 16)"""
+    """updates between two copies of the networks to the targets, line 16"""
     epsilon_start: float = 1.0
-    """ε at the start"""
+    """probability of a uniformly random legal action at the first step, ε of line 6"""
     epsilon_end: float = 0.05
-    """ε after `epsilon_steps`"""
+    """the same after `epsilon_steps`"""
     epsilon_steps: int = 50_000
-    """steps of ε's linear decay"""
+    """environment steps in which ε falls linearly from `epsilon_start` to `epsilon_end`"""
 
     seed: int = 1
-    """seeds the networks, the exploration, the batches and the environments"""
+    """seed of the networks, the exploration, the batches and the environments"""
     device: str = "auto"
-    """auto, cpu or cuda"""
+    """auto, cpu or cuda; auto is cuda if there is a GPU"""
     num_threads: int = 1
-    """CPU threads for torch; small networks rarely gain from more"""
+    """CPU threads of PyTorch; small networks rarely gain from more"""
     compile: bool = False
-    """compile the updates; on a GPU they become CUDA graphs"""
+    """compile the updates with torch.compile; on a GPU they become CUDA graphs"""
     run_dir: str = ""
-    """folder of log, checkpoint and result; runs/<env>__<script>__<seed>__<time> if empty"""
+    """folder of log, checkpoint and result; if empty, runs/<env>__<script>__<seed>__<time>"""
     eval_every: int = 25_000
-    """steps between evaluations, 0 for the last one only"""
+    """environment steps between evaluations; 0 evaluates at the end only"""
     eval_episodes: int = 100
     """episodes of the greedy team in an evaluation"""
     checkpoint_every: int = 100_000
-    """steps between checkpoints, 0 for the last one only"""
+    """environment steps between checkpoints; 0 saves at the end only"""
     resume: str = ""
-    """folder of a run to continue, with that run's settings"""
+    """folder of a run to continue with that run's settings"""
     capture_video: bool = False
     """film the first episode of the last evaluation"""
 
@@ -169,7 +173,7 @@ class QMIX:
     """Networks, targets, behaviour and update. B episodes of T steps, E copies, n agents, A actions."""
 
     def __init__(self, n: int, obs_dim: int, state_dim: int, num_actions: int, args: Args, device: torch.device):
-        self.args, self.n, self.num_actions, self.device = args, n, num_actions, device
+        self.args, self.n, self.device, self.epsilon = args, n, device, args.epsilon_start
         self.agents = AgentNet(obs_dim + num_actions + n, args.hidden_dim, num_actions, args.recurrent).to(device)
         self.mixer = Mixer(n, state_dim, args.mixing_dim, args.normalize_state).to(device)  # line 1
         self.agents_targ = copy.deepcopy(self.agents).requires_grad_(False)
@@ -177,8 +181,8 @@ class QMIX:
         self.identity = torch.eye(n, device=device)
         self.one_hot = F.pad(torch.eye(num_actions, device=device), (0, 0, 0, 1))  # its last row: no action yet
         self.parameters = [*self.agents.parameters(), *self.mixer.parameters()]
-        step_size = torch.tensor(args.learning_rate, device=device)  # a number would be compiled into the update
-        self.optimizer = torch.optim.Adam(self.parameters, lr=step_size, fused=True)
+        learning_rate = torch.tensor(args.learning_rate, device=device)  # a float would be compiled into the update
+        self.optimizer = torch.optim.Adam(self.parameters, lr=learning_rate, fused=True)
 
     def inputs(self, obs, last_action):
         """[o_i, last action of i, i] (..., n, input_dim): obs (..., n, obs_dim), last_action (..., n), -1 for none."""
@@ -186,17 +190,17 @@ class QMIX:
         return torch.cat([obs, self.one_hot[last_action], identity], dim=-1)
 
     @torch.inference_mode()
-    def act(self, team, memory=None, epsilon: float = 0.0):
-        """Actions (E, n) in all copies at once, and the memory for the next step: h and the last actions."""
+    def act(self, team, memory=None, explore: bool = True):
+        """Actions (E, n) in all copies, and the memory for the next step: h and the last actions."""
         h, last_action = memory or (None, torch.full(team.alive.shape, -1, device=self.device))
         x = self.inputs(torch.from_numpy(team.obs).to(self.device), last_action)
         q, h = self.agents(x.flatten(0, 1).unsqueeze(0), h)  # line 5
         q, mask = q.view(x.shape[0], self.n, -1), torch.from_numpy(team.mask).to(self.device)
         action = q.masked_fill(~mask, -torch.inf).argmax(-1)  # line 6
-        if epsilon > 0:
+        if explore:
             any_legal = torch.rand(q.shape, device=self.device).masked_fill(~mask, -1.0).argmax(-1)
-            explore = torch.rand(action.shape, device=self.device) < epsilon
-            action = torch.where(explore, any_legal, action)
+            random_one = torch.rand(action.shape, device=self.device) < self.epsilon
+            action = torch.where(random_one, any_legal, action)
         return action.cpu().numpy(), (h, action)
 
     def update(self, obs, state, mask, action, reward, terminated, alive, alive_next, real):
@@ -220,13 +224,6 @@ class QMIX:
         self.optimizer.step()
         return loss.detach()
 
-    @torch.inference_mode()
-    def table(self, obs, state, action, joint):
-        """Q_tot of joint actions (J, n) after a history obs (t, n, obs_dim), action (t-1, n), in state (state_dim,)."""
-        obs, state, action, joint = (torch.as_tensor(x, device=self.device) for x in (obs, state, action, joint))
-        q = self.agents(self.inputs(obs, F.pad(action, (0, 0, 1, 0), value=-1)))[0][-1]
-        return self.mixer(q.gather(1, joint.T).T, state.expand(len(joint), -1)).cpu().numpy()
-
     def update_targets(self):
         self.agents_targ.load_state_dict(self.agents.state_dict())  # line 16
         self.mixer_targ.load_state_dict(self.mixer.state_dict())
@@ -242,13 +239,13 @@ def lambda_return(reward, terminated, value_next, real, gamma: float, lam: float
     return y
 
 
-def play(team, agent: QMIX, epsilon: float) -> dict[str, np.ndarray]:
+def play(team, agent: QMIX) -> dict[str, np.ndarray]:
     """One episode in every copy: arrays (E, T, ...), those that a next step needs (E, T+1, ...); T of the longest."""
     team.reset()  # line 3
     memory, steps = None, []
     while not team.done.all():  # line 4
         step = {"obs": team.obs, "state": team.state, "mask": team.mask, "alive": team.alive}
-        step["action"], memory = agent.act(team, memory, epsilon)  # lines 5, 6
+        step["action"], memory = agent.act(team, memory)  # lines 5, 6
         team.step(step["action"])  # line 7
         step |= {"reward": team.reward.mean(1), "alive_next": team.alive | team.truncated}
         step["terminated"] = (team.done & ~team.truncated.any(1)).astype(np.float32)
@@ -261,143 +258,154 @@ def play(team, agent: QMIX, epsilon: float) -> dict[str, np.ndarray]:
 
 def train(args: Args) -> dict:
     """Train, evaluate, and return what <run_dir>/result.json holds."""
-    run = Run("qmix", args)
-    args = run.args
-    require(1 <= args.batch_size <= args.buffer_size, "batch_size must lie in [1, buffer_size]")
-    require(1 <= args.num_envs <= args.buffer_size, "num_envs must lie in [1, buffer_size]")
-    shares = (args.gamma, args.td_lambda, args.epsilon_start, args.epsilon_end)
-    require(0 <= min(shares) <= max(shares) <= 1, "gamma, td_lambda and the epsilons must lie in [0, 1]")
-    positive = (
-        args.learning_rate,
-        args.epsilon_steps,
-        args.hidden_dim,
-        args.mixing_dim,
-        args.updates,
-        args.target_every,
-    )
-    require(min(positive) > 0, "learning_rate, epsilon_steps, widths, updates and target_every must be positive")
-    team = Team(args, args.num_envs, args.capture_video)
-    require(team.discrete, f"qmix needs discrete actions, {args.env_id} has continuous ones: mappo, maddpg take them")
+    counts = "updates target_every hidden_dim mixing_dim buffer_size epsilon_steps max_episode_steps".split()
+    check(args, **dict.fromkeys(counts, (1, math.inf)), learning_rate=(0, math.inf), gamma=(0, 1), td_lambda=(0, 1))
+    check(args, epsilon_start=(0, 1), epsilon_end=(0, 1), batch_size=(1, args.buffer_size))
+    check(args, num_envs=(1, args.buffer_size))
+    team = Team(args, args.num_envs)
+    require(team.discrete, f"qmix needs discrete actions; {args.env_id} has bounded vectors; try mappo")
     print(team)
-    device = set_up_torch(args.seed, args.device, args.num_threads)
+    device = set_up_torch(args)
     agent = QMIX(team.n, team.obs_dim, team.state_dim, team.num_actions, args, device)
     replay = EpisodeReplay(args.buffer_size, device)  # line 1
     update = torch.compile(agent.update, mode="reduce-overhead") if args.compile else agent.update
 
     def evaluation(film: Path | None = None) -> list[float]:
-        fresh = Team(args, min(args.num_envs, args.eval_episodes), film is not None)
+        fresh = Team(args, min(args.num_envs, args.eval_episodes))
         return evaluate_team(agent.act, fresh, args.eval_episodes, film)
 
-    run.start(args.total_timesteps, replay=replay, **parts_of(agent))
-    team.seed(args.seed + run.step)
-    while run.step < args.total_timesteps:  # line 2
-        remaining = 1 - run.step / run.last if args.anneal else 1.0
-        agent.optimizer.param_groups[0]["lr"].fill_(args.learning_rate * remaining)
-        decayed = min(1.0, run.step / args.epsilon_steps)
-        episodes = play(team, agent, args.epsilon_start + decayed * (args.epsilon_end - args.epsilon_start))
-        run.advance(int(team.lengths.sum()))
-        replay.add(team.lengths, episodes)  # line 8
-        for r, length in zip(team.returns, team.lengths):
-            run.log_episode({"r": r, "l": length})
-        if replay.added >= args.batch_size:
-            first, last = (args.updates * episode for episode in (replay.added - args.num_envs, replay.added))
-            for number in range(first + 1, last + 1):
-                run.log({"losses/q_tot": update(**replay.sample(args.batch_size))})  # lines 9-15
-                if number % args.target_every == 0:
-                    agent.update_targets()
-        run.evaluate_and_save(evaluation)
-    if hasattr(team.envs[0], "show_q_tot"):  # a matrix game compares what was learnt with its payoffs
-        team.envs[0].show_q_tot(agent.table)
-    return run.finish(evaluation)
+    with Run(args, replay=replay, **parts_of(agent)) as run:
+        team.seed(args.seed + run.step)
+        while run.step < args.total_timesteps:  # line 2
+            remaining = 1 - run.step / args.total_timesteps if args.anneal else 1.0
+            agent.optimizer.param_groups[0]["lr"].fill_(args.learning_rate * remaining)
+            fraction = min(1.0, run.step / args.epsilon_steps)
+            agent.epsilon = args.epsilon_start + fraction * (args.epsilon_end - args.epsilon_start)
+            episodes = play(team, agent)  # lines 3-7
+            run.advance(int(team.lengths.sum()))
+            replay.add(team.lengths, episodes)  # line 8
+            for r, length in zip(team.returns, team.lengths):
+                run.log_episode({"r": r, "l": length})
+            if replay.added >= args.batch_size:
+                first, last = (args.updates * episode for episode in (replay.added - args.num_envs, replay.added))
+                for number in range(first + 1, last + 1):
+                    run.log({"losses/q": update(**replay.sample(args.batch_size))})  # lines 9-15
+                    if number % args.target_every == 0:
+                        agent.update_targets()  # line 16
+            run.evaluate_and_save(evaluation)
+        return run.finish(evaluation)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Plumbing: the same, to the letter, in every script that has it
+# Plumbing: the same in every script that has it
 
 
 def require(condition: bool, message: str):
-    """Leave with one line and exit code 2 unless the condition holds."""
+    """Exit with code 2 and one line unless the condition holds."""
     if not condition:
         print("error:", *message.split(), file=sys.stderr)
         raise SystemExit(2)
 
 
-def set_up_torch(seed: int, device: str, num_threads: int) -> torch.device:
-    """Seed every generator, set the number of threads, and return the device; `auto` is the GPU if there is one."""
-    gpu = torch.cuda.is_available()
-    require(device in ("auto", "cpu") or (gpu and device == "cuda"), f"device {device}: auto, cpu or, with a GPU, cuda")
-    require(num_threads >= 1, "num_threads must be positive")
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-    torch.set_num_threads(num_threads)
+def check(args, **ranges: tuple[float, float]):
+    """Exit with code 2 and one line unless the settings are finite and lie in these closed ranges."""
+    ranges |= dict(total_timesteps=(1, math.inf), eval_episodes=(1, math.inf), num_threads=(1, os.cpu_count()))
+    ranges |= dict(eval_every=(0, math.inf), checkpoint_every=(0, math.inf), seed=(0, 2**32 - 1))
+    for name, (low, high) in ranges.items():
+        for value in np.ravel(getattr(args, name, [])):
+            fits = low <= value <= high and math.isfinite(value)
+            require(fits, f"--{name.replace('_', '-')} must lie in [{low}, {high}], it is {value}")
+
+
+def set_up_torch(args) -> torch.device:
+    """Seed every random generator, set the number of threads, and return the device."""
+    device, gpu = getattr(args, "device", "cpu"), torch.cuda.is_available()
+    fits = device in ("auto", "cpu") or (device == "cuda" and gpu)
+    require(fits, f"--device must be auto, cpu or, with a GPU, cuda, it is {device}")
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(getattr(args, "num_threads", 1))
     return torch.device("cuda" if gpu and device != "cpu" else "cpu")
 
 
-def make_parallel(env_id: str, env_kwargs: str, film: bool):
-    """`parallel_env(**env_kwargs)` of the module `env_id`, which may also lie beside this script or where it is run."""
+def make_parallel(args):
+    """`parallel_env(**env_kwargs)` of the module `env_id`, which may be beside this script or in the working folder."""
     sys.path += [folder for folder in (str(Path(__file__).parent), os.getcwd()) if folder not in sys.path]
     try:
-        kwargs = json.loads(env_kwargs) | ({"render_mode": "rgb_array"} if film else {})
-        env = importlib.import_module(env_id).parallel_env(**kwargs)
+        kwargs = json.loads(args.env_kwargs) | ({"render_mode": "rgb_array"} if args.capture_video else {})
+        env = importlib.import_module(args.env_id).parallel_env(**kwargs)
         guards = (OrderEnforcingWrapper, AssertOutOfBoundsWrapper, ClipOutOfBoundsWrapper)
         while isinstance(getattr(env, "aec_env", None), guards):  # Team keeps what they check, and they take time
             env.aec_env = env.aec_env.env
-        if film:  # learn now whether it can be filmed
+        if args.capture_video:  # whether it can be filmed is known before training
             importlib.import_module("moviepy")
-            env.reset(seed=0)
-            env.render()
+            env.reset(seed=args.seed)
+            if np.ndim(env.render()) != 3:
+                raise ValueError("its render() gives no image")
         return env
-    except Exception as error:  # whatever an environment raises, its user reads one line
-        family = getattr(sys.modules.get(env_id.rpartition(".")[0]), "__path__", [])
-        near = difflib.get_close_matches(env_id.rpartition(".")[2], [m.name for m in pkgutil.iter_modules(family)])
-        hint = f"; near names: {', '.join(near)}" if near else "; is it spelt well, is it installed (pip install)?"
-        missing = isinstance(error, ModuleNotFoundError)
-        require(False, f"cannot make {env_id}: {error or type(error).__name__}{hint if missing else ''}")
+    except (Exception, SystemExit) as error:  # whatever an environment raises, its user reads one line
+        family = getattr(sys.modules.get(args.env_id.rpartition(".")[0]), "__path__", [])
+        near = difflib.get_close_matches(args.env_id.rpartition(".")[2], [m.name for m in pkgutil.iter_modules(family)])
+        hint = f"near names: {', '.join(near)}" if near else "is it spelt well, is it installed (pip install)?"
+        if args.env_id.split(":")[-1] in gym.registry:
+            hint = "it is an environment for one agent; try dqn, ppo, td3"
+        problem = (str(error) or type(error).__name__) + f"; {hint}" * isinstance(error, ModuleNotFoundError)
+        require(False, f"cannot make {args.env_id} with --env-kwargs {args.env_kwargs}: {problem}")
 
 
 class Team:
     """Copies of a PettingZoo Parallel environment as arrays: E copies, n agents in the order of `possible_agents`.
 
-    reset() and step() leave, in new arrays: obs (E, n, obs_dim), flat, padded with zeros (images: obs.reshape(E, n,
-    *obs_shape)); state (E, state_dim), env.state() or all observations; mask (E, n, actions), what is legal by
-    observation or info, padding never; alive (E, n), who acts next, actions of others are ignored; reward (E, n), each
-    agent's own, or for all the sum or the mean of those who acted; terminated, truncated (E, n), whom this step ended,
-    for good or by a time limit; done (E,), nobody acts next; returns (mean reward), lengths (E,) of the episode so far.
-    A copy that is done stays as it ended, with the true last obs and state, reward 0, until reset(done). Continuous
-    actions (E, n, actions) are clipped into [low, high]. Agents whose names do not begin with `--team` act at random.
+    reset() and step() set these attributes to new arrays:
+        obs (E, n, obs_dim)  flat, padded with zeros
+        state (E, state_dim)  env.state(), or all observations if the environment has no state
+        mask (E, n, num_actions)  legal actions, by the observations or infos; padding is never legal
+        alive (E, n)  agents that act next; the actions of the others are ignored
+        reward (E, n)  of the agents that acted: their own, or for all agents the mean or the sum
+        terminated, truncated (E, n)  agents whose episode this step ended, by a terminal state or a time limit
+        done (E,)  copies in which no agent acts next
+        returns, lengths (E,)  of the episode so far: the sum of the mean rewards, the number of steps
+    A copy that is done keeps its last observations and state, with reward 0, until reset(done). Continuous actions
+    (E, n, num_actions) are clipped to [low, high]. Agents whose names do not start with `--team` act at random.
     """
 
-    def __init__(self, args, num_envs: int, film: bool = False):
-        require(num_envs >= 1, "num_envs must be positive")
-        self.envs = [make_parallel(args.env_id, args.env_kwargs, film) for _ in range(num_envs)]
-        self.num_envs, self.reward_mode, env = num_envs, args.reward_mode, self.envs[0]
-        self.agents = [agent for agent in env.possible_agents if agent.startswith(args.team)]
-        require(self.agents, f"no agent begins with {args.team}: {', '.join(env.possible_agents)}")
-        self.others = {agent: env.action_space(agent) for agent in env.possible_agents if agent not in self.agents}
-        self.n, spaces = len(self.agents), [env.action_space(agent) for agent in self.agents]
-        self.discrete = all(isinstance(space, gym.spaces.Discrete) and space.start == 0 for space in spaces)
+    has_cut = False  # whether the line about --max-episode-steps has been printed
+
+    def __init__(self, args, num_envs: int):
+        self.envs, self.args, self.num_envs = [make_parallel(args) for _ in range(num_envs)], args, num_envs
+        env, spaces = self.envs[0], {agent: self.envs[0].action_space(agent) for agent in self.envs[0].possible_agents}
+        self.agents = [agent for agent in spaces if str(agent).startswith(args.team)]
+        require(self.agents, f"no agent starts with {args.team}; there are {', '.join(map(str, spaces))}")
+        self.n, self.others = len(self.agents), {a: space for a, space in spaces.items() if a not in self.agents}
+        spaces = [spaces[agent] for agent in self.agents]
+        self.discrete = all(isinstance(space, gym.spaces.Discrete) for space in spaces)
         boxes = all(isinstance(s, gym.spaces.Box) and s.is_bounded() and len(s.shape) == 1 for s in spaces)
-        require(self.discrete or boxes, f"actions must all be Discrete or all flat bounded Boxes, they are {spaces}")
+        needs = f"the actions must all be Discrete, or all bounded vectors; {args.env_id} has {spaces}"
+        require(self.discrete or boxes, needs)
         self.sizes = [int(flatdim(space)) for space in spaces]
         self.num_actions = max(self.sizes)
+        self.first_action = np.array([space.start if self.discrete else 0 for space in spaces])
         self.low, self.high = np.zeros((2, self.n, self.num_actions), np.float32)
         for low, high, space in zip(self.low, self.high, spaces if boxes else []):
             low[: space.shape[0]], high[: space.shape[0]] = space.low, space.high
         spaces = [env.observation_space(agent) for agent in self.agents]
         self.obs_spaces = [s["observation"] if "action_mask" in getattr(s, "spaces", {}) else s for s in spaces]
-        self.obs_dim, shapes = max(map(flatdim, self.obs_spaces)), {space.shape for space in self.obs_spaces}
-        self.obs_shape = (shapes.pop() if len(shapes) == 1 else None) or (self.obs_dim,)
+        require(all(s.is_np_flattenable for s in self.obs_spaces), f"{args.env_id} has observations {self.obs_spaces}")
+        self.obs_dim = max(map(flatdim, self.obs_spaces))
         self.rows, self.others_legal = [{}] * num_envs, [{}] * num_envs  # by copy: its part; the others' masks
-        self.returns, self.lengths = np.zeros(num_envs), np.zeros(num_envs, int)
+        self.returns, self.lengths, self.state_dim = np.zeros(num_envs), np.zeros(num_envs, int), None
         self.seed(0)
-        self.reset()
-        self.state_dim = self.state.shape[1]
+        try:
+            self.reset()
+        except FloatingPointError as error:
+            require(False, str(error))
 
     def __str__(self):
         names = f"{self.agents[0]} to {self.agents[-1]}, {len(self.others)} others at random"
-        sizes = f"obs {self.obs_dim} | {self.state_from} {self.state_dim} | actions {self.sizes}"
-        return f"{self.n} agents ({names}) | {sizes} | reward: {self.reward_mode}"
+        state = "state" if self.has_state else "state of all observations"
+        sizes = f"obs {self.obs_dim} | {state} {self.state_dim} | actions {self.sizes}"
+        return f"{self.n} agents ({names}) | {sizes} | reward: {self.args.reward_mode}"
 
     def seed(self, seed: int):
         """Seed the copies, from their next reset on, and the agents outside the team."""
@@ -405,61 +413,87 @@ class Team:
         for i, space in enumerate(self.others.values()):
             space.seed(other + i)
 
-    def reset(self, where: np.ndarray | None = None):
+    def reset(self, where: np.ndarray | None = None, attempts: int = 100):
         """Begin an episode in the copies where `where` (E,) is True, in all of them if it is None."""
         where = np.ones(self.num_envs, bool) if where is None else where
+        self.returns, self.lengths = np.where(where, 0.0, self.returns), np.where(where, 0, self.lengths)
         for e in np.flatnonzero(where):
             (seen, infos), self.seeds[e] = self.envs[e].reset(seed=self.seeds[e]), None
-            self.rows[e] = self.row(e, seen, {}, {}, {}, infos)
+            self.rows[e] = self.row(e, [False] * self.n, [False] * self.n, seen, {}, {}, {}, infos)
         self.stack()
-        self.returns, self.lengths = np.where(where, 0.0, self.returns), np.where(where, 0, self.lengths)
+        if (where & self.done).any():
+            require(attempts > 0, f"{self.args.env_id}: no agent of the team acts after a reset")
+            self.reset(where & self.done, attempts - 1)
 
     def step(self, actions: np.ndarray):
-        """One step of each copy that is not done: actions (E, n), or (E, n, actions) if they are continuous."""
-        actions = actions if self.discrete else np.clip(actions.astype(np.float32), self.low, self.high)
-        acted, self.lengths = self.alive, self.lengths + ~self.done
+        """One step of each copy that is not done: actions (E, n), or (E, n, num_actions) if they are continuous."""
+        actions = actions + self.first_action if self.discrete else np.clip(actions, self.low, self.high)
+        self.lengths = self.lengths + ~self.done
         for e, env in enumerate(self.envs):
             if self.done[e]:  # some environments crash when they are stepped after their end
                 self.rows[e]["reward"] = [0.0] * self.n
                 continue
             chosen = actions[e].tolist() if self.discrete else [a[:size] for a, size in zip(actions[e], self.sizes)]
-            act = {agent: a for agent, a, live in zip(self.agents, chosen, acted[e]) if live}
+            act = {agent: a for agent, a, live in zip(self.agents, chosen, self.alive[e]) if live}
             act |= {a: self.others[a].sample(self.others_legal[e].get(a)) for a in self.others if a in env.agents}
-            self.rows[e] = self.row(e, *env.step(act))
+            self.rows[e] = self.row(e, self.alive[e], self.listed[e], *env.step(act))
         self.stack()
-        if self.reward_mode != "own":
-            shares = np.maximum(acted.sum(1), 1) if self.reward_mode == "mean" else np.ones(self.num_envs)
+        if self.args.reward_mode != "own":
+            shares = np.maximum(self.acted.sum(1), 1) if self.args.reward_mode == "mean" else 1
             self.reward = np.tile((self.reward.sum(1) / shares)[:, None], self.n).astype(np.float32)
         self.returns = self.returns + self.reward.mean(1)
 
-    def row(self, e: int, seen: dict, rewards: dict, terminated: dict, truncated: dict, infos: dict) -> dict:
-        """Copy e's part of the arrays."""
+    def row(self, e, acted, listed_before, seen: dict, rewards: dict, terminated: dict, truncated: dict, infos: dict):
+        """Copy e's part of the arrays, as the environment tells it."""
         obs, mask = np.zeros((self.n, self.obs_dim), np.float32), np.zeros((self.n, self.num_actions), bool)
-        legal = {agent: info["action_mask"] for agent, info in infos.items() if "action_mask" in info}
-        inside = [agent for agent, x in seen.items() if isinstance(x, dict) and "action_mask" in x]
-        legal |= {agent: seen[agent]["action_mask"] for agent in inside}
+        inside = {agent: x for agent, x in seen.items() if isinstance(x, dict) and "action_mask" in x}
+        legal = {agent: told["action_mask"] for agent, told in infos.items() if "action_mask" in told}
+        legal |= {agent: x["action_mask"] for agent, x in inside.items()}
+        legal = {agent: actions for agent, actions in legal.items() if actions is not None}
         for i, agent in enumerate(self.agents):
             if agent in seen:
                 x = flatten(self.obs_spaces[i], seen[agent]["observation"] if agent in inside else seen[agent])
                 obs[i, : x.size] = x / 255 if x.dtype == np.uint8 else x
                 mask[i, : self.sizes[i]] = legal.get(agent, True)
         self.others_legal[e] = {agent: np.asarray(legal[agent], np.int8) for agent in legal if agent in self.others}
+        row = {"obs": obs, "state": self.state_of(e, obs), "mask": mask, "acted": acted, "listed_before": listed_before}
+        for name, values in (("reward", rewards), ("terminated", terminated), ("truncated", truncated)):
+            row[name] = [np.asarray(values.get(agent, 0)).item() for agent in self.agents]
+        listed = set(self.envs[e].agents)
+        return row | {"listed": [agent in listed for agent in self.agents]}
+
+    def state_of(self, e: int, obs: np.ndarray) -> np.ndarray:
+        """Copy e's env.state(), flat. Whether it has one is decided once; where it fails later, the last one stays."""
         try:
-            state, self.state_from = np.asarray(self.envs[e].state()), "state"
-        except (AttributeError, NotImplementedError):
-            state, self.state_from = obs, "state of all observations"
-        state = state.ravel() / 255 if state.dtype == np.uint8 else state.ravel()
-        live, told = self.envs[e].agents, {"reward": rewards, "terminated": terminated, "truncated": truncated}
-        row = {name: [values.get(agent, 0) for agent in self.agents] for name, values in told.items()}
-        return row | {"obs": obs, "state": state, "mask": mask, "alive": [agent in live for agent in self.agents]}
+            state = np.array(self.envs[e].state())
+            state = (state / (255 if state.dtype == np.uint8 else 1)).astype(np.float32).ravel()
+        except Exception:  # not implemented, no array, or not there at the end of an episode
+            state = None
+        if self.state_dim is None:
+            self.has_state, self.state_dim = state is not None, obs.size if state is None else state.size
+        if not self.has_state:
+            return obs.ravel()
+        good = state is not None and state.size == self.state_dim
+        return state if good else self.rows[e].get("state", np.zeros(self.state_dim, np.float32))
 
     def stack(self):
         """The copies' rows as arrays."""
         for name in self.rows[0]:
             kind = np.float32 if name in ("obs", "state", "reward") else bool
             setattr(self, name, np.array([row[name] for row in self.rows], kind))
-        self.truncated &= ~self.terminated
-        self.alive &= ~self.terminated & ~self.truncated
+            if kind is np.float32 and not np.isfinite(getattr(self, name)).all():
+                raise FloatingPointError(f"{self.args.env_id} gave a number that is not finite in its {name}")
+        self.reward *= self.acted
+        self.terminated &= self.acted
+        self.truncated &= self.acted & ~self.terminated
+        self.terminated |= self.acted & ~self.listed & ~self.truncated  # an agent that leaves without a flag
+        self.alive = self.listed & ~self.terminated & ~self.truncated & (self.acted | ~self.listed_before)
+        cut = self.alive & (self.lengths >= self.args.max_episode_steps)[:, None]
+        if cut.any() and not Team.has_cut:
+            Team.has_cut = True
+            limit = f"{self.args.max_episode_steps} steps (--max-episode-steps)"
+            print(f"{self.args.env_id}: episodes are cut after {limit}, as by a time limit")
+        self.truncated, self.alive = self.truncated | cut, self.alive & ~cut
         self.done = ~self.alive.any(1)
 
 
@@ -503,9 +537,10 @@ class EpisodeReplay:
 
 
 def evaluate_team(act, team: Team, episodes: int, film: Path | None = None) -> list[float]:
-    """The team's undiscounted returns, always from the same seeds; films the first episode; closes the environments.
+    """The team's undiscounted returns without exploration, always from the same seeds; closes the environments.
 
-    `act` maps the team and its own memory (None when episodes begin) to actions and the next memory.
+    `act` maps the team and its own memory (None when episodes begin) to actions and the next memory. With `film`, the
+    first episode is recorded in that folder.
     """
     team.seed(10_000)
     returns, frames = [], []
@@ -515,14 +550,15 @@ def evaluate_team(act, team: Team, episodes: int, film: Path | None = None) -> l
         while not team.done.all():
             if film and not returns and not team.done[0]:
                 frames.append(team.envs[0].render())
-            actions, memory = act(team, memory)
+            actions, memory = act(team, memory, explore=False)
             team.step(actions)
         returns += team.returns.tolist()
     if film:
         save_video = importlib.import_module("gymnasium.utils.save_video").save_video  # it needs moviepy
         save_video(frames, str(film), fps=team.envs[0].metadata.get("render_fps", 10))
     for env in team.envs:
-        env.close()
+        with contextlib.suppress(Exception):  # an environment that cannot close has still been evaluated
+            env.close()
     return returns[:episodes]
 
 
@@ -532,60 +568,76 @@ def parts_of(agent) -> dict:
 
 
 class Run:
-    """A run's folder and what goes there: settings, TensorBoard log, checkpoint, result; and its progress bar."""
+    """A run's folder (settings, TensorBoard log, checkpoint, result), its clock and its progress bar.
 
-    def __init__(self, script: str, args):
-        require(min(args.total_timesteps, args.eval_episodes) >= 1, "total_timesteps, eval_episodes must be positive")
-        require(min(args.eval_every, args.checkpoint_every) >= 0, "eval_every, checkpoint_every must not be negative")
-        require(0 <= args.seed < 2**32, "seed must lie in [0, 2**32)")
-        if args.resume:
-            settings = Path(args.resume) / "args.json"
-            saved = json.loads(settings.read_text()) if settings.is_file() else {}
-            given, default = asdict(args) | {"run_dir": args.resume}, asdict(type(args)())
-            mine = saved.pop("script", "") == script and saved.keys() == given.keys()
-            require(mine, f"{args.resume} is not the folder of a run of this {script}")
-            saved |= {"run_dir": args.resume, "resume": args.resume}
-            typed = {word.split("=")[0].strip("-").replace("-", "_") for word in sys.argv[1:]}
-            other = [k for k in given if given[k] != saved[k] and (given[k] != default[k] or k in typed)]
-            require(not other, f"{args.resume} has other settings: " + ", ".join(f"{k} {saved[k]}" for k in other))
-            args = type(args)(**saved)
-        name = f"{args.env_id.replace('/', '-')}__{script}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-        self.script, self.args, self.folder = script, args, Path(args.run_dir or f"runs/{name}")
+    `with Run(args, **parts)` opens the folder or, to resume, loads its checkpoint into the parts, each with a
+    state_dict. Ctrl-C and SIGTERM end the run at the end of a step, with a checkpoint. A full disk and numbers that are
+    not finite end it with one line; the last checkpoint then stays as it is.
+    """
 
-    def start(self, last: int, **parts):
-        """Open the folder; load the checkpoint of the run to resume, if there is one. The run ends at step `last`."""
-        self.last, self.parts, self.step, self.seconds = last, parts, 0, 0.0
-        self.sums, self.next_line, self.status = {}, 30.0, "no episode yet"
-        checkpoint = self.folder / "checkpoint.pt"
-        if not self.args.resume:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for old in (checkpoint, self.folder / "result.json"):
-                old.unlink(missing_ok=True)
-            (self.folder / "args.json").write_text(json.dumps({"script": self.script, **asdict(self.args)}, indent=1))
-        elif checkpoint.exists():
-            state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=os.name == "posix")
+    def __init__(self, args, **parts):
+        name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        self.folder = Path(args.run_dir or f"runs/{name}").absolute()  # an environment may change the working folder
+        self.args, self.parts, self.step, self.seconds, self.saved, self.flushed = args, parts, 0, 0.0, -1, 0
+        self.sums, self.next_line, self.status, self.signal = {}, 30.0, "no episode yet", 0
+        free = args.resume or not (self.folder / "args.json").exists()
+        require(free, f"{self.folder} holds a run: --resume it, or choose another --run-dir")
+        if args.resume and (self.folder / "checkpoint.pt").exists():
+            self.load(self.folder / "checkpoint.pt")
+        settings = json.dumps({"script": Path(__file__).stem, **asdict(args)}, indent=1)
+        self.write("args.json", lambda path: path.write_text(settings))
+        self.writer = SummaryWriter(self.folder, purge_step=self.step + (self.step < args.total_timesteps))
+        self.bar = tqdm(initial=self.step, total=args.total_timesteps, unit="step", disable=None)
+        self.began = time.perf_counter() - self.seconds
+
+    def __enter__(self):
+        with contextlib.suppress(ValueError):  # only the main thread receives signals
+            signal.signal(signal.SIGINT, self.interrupt)
+            signal.signal(signal.SIGTERM, self.interrupt)
+        return self
+
+    def interrupt(self, number: int, frame):
+        """The run ends with this step, or after this evaluation; the same signal again ends it at once."""
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def load(self, path: Path):
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=os.name == "posix")
             self.step, self.seconds, (cpu, *gpus) = state["step"], state["seconds"], state["rng"]
             torch.set_rng_state(cpu)
             torch.cuda.set_rng_state_all(gpus[: torch.cuda.device_count()])
-            for name, part in parts.items():
+            for name, part in self.parts.items():
                 part.load_state_dict(state[name])
-        self.writer = SummaryWriter(self.folder, purge_step=self.step + 1)
-        self.bar = tqdm(initial=self.step, total=last, unit="step", disable=None)
-        self.began = time.perf_counter() - self.seconds
+        except Exception as error:  # cut off, empty, of other settings
+            require(False, f"{path} is not a checkpoint of this run: {error!r:.200}")
+        self.saved = self.flushed = self.step
+
+    def write(self, name: str, save):
+        """Let save(path) write a file aside, then put it in place: a crash leaves the old file or the new one."""
+        aside = self.folder / f"{name}.tmp"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save(aside)
+            os.replace(aside, self.folder / name)
+        except (OSError, RuntimeError) as error:  # no permission, a full disk
+            with contextlib.suppress(OSError):
+                aside.unlink()
+            require(False, f"cannot write {self.folder / name}; what was saved before stays: {error!r:.200}")
 
     def advance(self, count: int = 1):
         """`count` more environment steps are done."""
         self.step, self.stride, self.seconds = self.step + count, count, time.perf_counter() - self.began
         self.bar.update(count)
-        if self.due(max(self.last // 500, 1)):
+        if self.due(max(self.args.total_timesteps // 500, 1)):
             self.flush()
         if self.bar.disable and self.seconds > self.next_line:  # no terminal: a line now and then
-            self.next_line = self.seconds + 30
-            print(f"{self.step}/{self.last} steps | {self.status} | {self.step / self.seconds:.0f} steps/s", flush=True)
+            self.next_line, speed = self.seconds + 30, self.step / self.seconds
+            print(f"{self.step}/{self.args.total_timesteps} steps | {self.status} | {speed:.0f} steps/s", flush=True)
 
     def due(self, every: int) -> bool:
         """Did the latest steps complete a multiple of `every`? Not at the end: `finish` evaluates and saves anyway."""
-        return every > 0 and self.step % every < self.stride and self.step < self.last
+        return every > 0 and self.step % every < self.stride and self.step < self.args.total_timesteps
 
     def log(self, scalars: dict):
         """Collect scalars; five hundred times a run their means since the last time go to TensorBoard."""
@@ -600,46 +652,108 @@ class Run:
         self.bar.set_description_str(self.status, refresh=False)
 
     def flush(self):
-        """Write what `log` collected. A loss that is not finite ends the run: the last checkpoint is still good."""
-        for tag, (total, count) in self.sums.items():
-            mean = float(total) / count
-            good = math.isfinite(mean) or not tag.startswith("losses/")
-            require(good, f"{tag} is {mean} at step {self.step}; the last good checkpoint, if any, is in {self.folder}")
-            self.writer.add_scalar(tag, mean, self.step)
-        self.writer.add_scalar("charts/steps_per_second", self.step / self.seconds, self.step)
-        self.sums = {}
+        """Write what `log` collected, at most once a step. A loss that is not finite ends the run."""
+        if self.step > self.flushed:
+            self.log({"charts/steps_per_second": self.step / self.seconds})
+            for tag, (total, count) in self.sums.items():
+                mean = float(total) / count
+                if tag.startswith("losses/") and not math.isfinite(mean):
+                    raise FloatingPointError(f"{tag} is {mean}")
+                self.writer.add_scalar(tag, mean, self.step)
+            self.sums, self.flushed = {}, self.step
 
     def save(self):
-        """Write the checkpoint aside, then put it in place: a kill leaves the old one or the new one, never a half."""
+        """Write the checkpoint, unless one of its numbers is not finite."""
         self.flush()
         self.writer.flush()
-        rng = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
-        states = {name: part.state_dict() for name, part in self.parts.items()}
-        torch.save({"step": self.step, "seconds": self.seconds, "rng": rng, **states}, self.folder / "checkpoint.tmp")
-        os.replace(self.folder / "checkpoint.tmp", self.folder / "checkpoint.pt")
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        if not is_finite(state):
+            raise FloatingPointError("a number in the checkpoint is not finite")
+        state |= {"step": self.step, "seconds": self.seconds}
+        state["rng"] = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+        self.write("checkpoint.pt", lambda path: torch.save(state, path))
+        self.saved = self.step
 
     def evaluate_and_save(self, evaluation):
-        """Each when it is due; `evaluation` returns the returns of its episodes."""
+        """Each when it is due; `evaluation` returns the returns of its episodes. Ends the run after a signal."""
         if self.due(self.args.eval_every):
             self.writer.add_scalar("eval/return", np.mean(evaluation()), self.step)
-        if self.due(self.args.checkpoint_every):
+        if self.due(self.args.checkpoint_every) or self.signal:
             self.save()
+        if self.signal:
+            print(f"\nstopped at step {self.step}; continue with --resume {self.folder}", file=sys.stderr)
+            raise SystemExit(128 + self.signal)
 
     def finish(self, evaluation) -> dict:
         """Save, evaluate once more (and film it, if asked), write result.json, print the final line."""
-        self.save()
+        if self.step > self.saved:
+            self.save()
         self.bar.close()
         returns = evaluation(self.folder / "videos" if self.args.capture_video else None)
         mean, std, speed = float(np.mean(returns)), float(np.std(returns)), self.step / self.seconds
         self.writer.add_scalar("eval/return", mean, self.step)
-        self.writer.close()
-        result = {"script": self.script, "args": asdict(self.args), "return": mean, "std": std, "returns": returns}
-        result |= {"steps": self.step, "seconds": self.seconds, "steps_per_second": speed}
-        (self.folder / "result.json").write_text(json.dumps(result, indent=1))
+        result = {"script": Path(__file__).stem, "args": asdict(self.args), "return": mean, "std": std}
+        result |= {"returns": returns, "steps": self.step, "seconds": self.seconds, "steps_per_second": speed}
+        self.write("result.json", lambda path: path.write_text(json.dumps(result, indent=1)))
         print(f"final: return {mean:.2f} ± {std:.2f} over {len(returns)} episodes", end=" | ")
         print(f"{self.step} steps | {self.seconds:.1f} s | {speed:.0f} steps/s")
         return result
 
+    def __exit__(self, kind, error, trace):
+        """Say in one line why the loop ended early; below it, an error of the environment keeps its traceback."""
+        with contextlib.suppress(ValueError):
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self.bar.close()
+        self.writer.close()
+        if isinstance(error, Exception):
+            ending = f"at step {self.step}; the last good checkpoint, if any, is in {self.folder}"
+            broken = [f"{name} is not finite" for name, part in self.parts.items() if not is_finite(part.state_dict())]
+            problems = broken + [str(error)] * isinstance(error, FloatingPointError)
+            require(not problems, f"{', '.join(problems)} {ending}")
+            print(f"{type(error).__name__} {ending}", file=sys.stderr)
+
+
+def is_finite(state) -> bool:
+    """Are all numbers of a state_dict finite?"""
+    if isinstance(state, torch.Tensor):
+        return bool(state.isfinite().all())
+    inner = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
+    return all(map(is_finite, inner))
+
+
+def saved_args(folder: str) -> Args:
+    """The settings of the run in this folder, to resume it; exits with code 2 and one line if it holds no such run."""
+    path, script, default = Path(folder) / "args.json", Path(__file__).stem, asdict(Args())
+    try:
+        saved = json.loads(path.read_text())
+        fits = saved.pop("script") == script and saved.keys() == default.keys()
+        fits = fits and all(isinstance(saved[name], (type(default[name]), int)) for name in default)
+    except (OSError, ValueError, AttributeError, KeyError):
+        fits = False
+    require(fits, f"{path} does not hold the settings of a run of {script}")
+    return Args(**saved | {"run_dir": folder, "resume": folder})
+
+
+def main():
+    """Train with the settings of the command line; beside --resume, with those of the run in that folder."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal without UTF-8
+    description = __doc__.replace("\n", "\n ")  # tyro keeps the line breaks before indented lines
+    args = tyro.cli(Args, description=description)
+    if args.resume:
+        saved = saved_args(args.resume)
+        args = tyro.cli(Args, description=description, default=saved)
+        renewable = {"total_timesteps", "eval_every", "eval_episodes", "checkpoint_every", "capture_video"}
+        renewable |= {"device", "num_threads", "compile"}
+        other = {name for name, value in vars(args).items() if value != vars(saved)[name]} - renewable
+        require(not other, f"beside --resume, leave out {', '.join(sorted(other))}: these settings of a run stay")
+    try:
+        train(args)
+    except (MemoryError, RuntimeError) as error:
+        require("memory" not in f"{error!r}".lower(), f"not enough memory: {error}")
+        raise
+
 
 if __name__ == "__main__":
-    train(tyro.cli(Args))
+    main()

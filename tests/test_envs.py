@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import load, scalars, small_args
-from gymnasium.spaces import Box, Dict, Discrete
+from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete, Sequence, Tuple
 from mpe2 import simple_spread_v3
 from pettingzoo import ParallelEnv
 from pettingzoo.test import parallel_api_test, parallel_seed_test
@@ -19,9 +19,13 @@ from pettingzoo.utils import AssertOutOfBoundsWrapper, BaseWrapper, OrderEnforci
 qmix = load("marl_algos/qmix.py")
 
 
-def make_team(env_id, copies=2, team="", reward_mode="own", film=False, **kwargs):
-    settings = SimpleNamespace(env_id=env_id, env_kwargs=json.dumps(kwargs), team=team, reward_mode=reward_mode)
-    return qmix.Team(settings, copies, film)
+def settings(env_id, env_kwargs="{}", team="", reward_mode="own", film=False, limit=1000):
+    given = dict(env_id=env_id, env_kwargs=env_kwargs, team=team, reward_mode=reward_mode, seed=1)
+    return SimpleNamespace(**given, capture_video=film, max_episode_steps=limit)
+
+
+def make_team(env_id, copies=2, team="", reward_mode="own", film=False, limit=1000, **kwargs):
+    return qmix.Team(settings(env_id, json.dumps(kwargs), team, reward_mode, film, limit), copies)
 
 
 class Scripted(ParallelEnv):
@@ -115,9 +119,9 @@ def test_without_masks_all_that_an_agent_has_is_legal(scripted):
     assert team.mask[0].tolist() == [[1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
 
 
-def test_images_keep_their_shape_beside_the_flat_observations():
+def test_images_and_states_are_flattened():
     team = make_team("magent2.environments.battle_v4", 1, team="red", map_size=12, max_cycles=5)
-    assert team.obs_shape == (13, 13, 5) and team.obs_dim == 13 * 13 * 5
+    assert team.obs_dim == 13 * 13 * 5
     direct = importlib.import_module("magent2.environments.battle_v4").parallel_env(map_size=12, max_cycles=5)
     team.seed(3)
     seed = team.seeds[0]
@@ -138,7 +142,7 @@ def test_other_observation_spaces_are_flattened(scripted):
     )
     sys.modules["scripted"].parallel_env = lambda: env
     team = make_team("scripted", copies=1)
-    assert team.obs_shape == (5,) and team.obs[0, 0].tolist() == [5, 6, 0, 1, 0]
+    assert team.obs_dim == 5 and team.obs[0, 0].tolist() == [5, 6, 0, 1, 0]
     assert team.obs[0, 1].tolist() == [0, 0, 1, 0, 0]
 
 
@@ -237,7 +241,7 @@ def rollout(team, steps=60, seed=0):
 
 
 @pytest.mark.parametrize(
-    "env_id, settings",
+    "env_id, kwargs",
     [
         ("mpe2.simple_tag_v3", {"team": "adversary"}),
         ("magent2.environments.battle_v4", {"team": "red", "map_size": 12, "max_cycles": 30}),
@@ -245,10 +249,10 @@ def rollout(team, steps=60, seed=0):
         ("envs.vmas", {"max_steps": 20}),
     ],
 )
-def test_the_same_seed_gives_the_same_arrays_and_copies_differ(env_id, settings):
+def test_the_same_seed_gives_the_same_arrays_and_copies_differ(env_id, kwargs):
     traces = []
     for seed in (5, 5, 6):
-        team = make_team(env_id, **settings)
+        team = make_team(env_id, **kwargs)
         team.seed(seed)
         team.reset()
         traces.append(rollout(team))
@@ -305,7 +309,8 @@ def test_pettingzoos_guards_are_taken_off_and_nothing_else(monkeypatch):
 
 
 def test_evaluation_disturbs_nothing_and_repeats_itself():
-    def act(team, memory):
+    def act(team, memory, explore):
+        assert not explore
         memory = 0 if memory is None else memory + 1
         return (team.mask * (np.arange(team.num_actions) == memory % 5)).argmax(-1), memory
 
@@ -326,7 +331,7 @@ def test_evaluation_disturbs_nothing_and_repeats_itself():
 def test_a_video_is_filmed_where_the_environment_renders(tmp_path):
     pytest.importorskip("moviepy")
     team = make_team("mpe2.simple_spread_v3", film=True, max_cycles=4)
-    qmix.evaluate_team(lambda team, memory: (legal_actions(team), None), team, 2, tmp_path)
+    qmix.evaluate_team(lambda team, memory, explore: (legal_actions(team), None), team, 2, tmp_path)
     assert [path.suffix for path in tmp_path.iterdir()] == [".mp4"]
 
 
@@ -343,7 +348,7 @@ def test_a_video_is_filmed_where_the_environment_renders(tmp_path):
 )
 def test_what_cannot_be_made_ends_with_one_line(env_id, kwargs, expected, capsys):
     with pytest.raises(SystemExit) as stop:
-        qmix.make_parallel(env_id, kwargs, film=False)
+        qmix.make_parallel(settings(env_id, kwargs))
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1 and expected in error
 
@@ -352,6 +357,312 @@ def test_a_matrix_game_cannot_be_filmed(capsys):
     with pytest.raises(SystemExit):
         make_team("envs.matrix_games", film=True)
     assert "render_mode" in capsys.readouterr().err
+
+
+# --- environments that bend the rules ---------------------------------------------------------------------------------
+
+
+class Stub(ParallelEnv):
+    """Two agents for five steps, then a time limit. A test overrides what it is about."""
+
+    metadata = {"name": "stub"}
+    possible_agents = ["red", "blue"]
+    made = 0
+
+    def __init__(self):
+        self.agents, self.t = [], 0
+
+    def observation_space(self, agent):
+        return Box(-9, 99, (2,))
+
+    def action_space(self, agent):
+        return Discrete(3)
+
+    def seen(self, agents):
+        return {a: np.array([self.t, 1], np.float32) for a in agents}
+
+    def infos(self, agents):
+        return {a: {} for a in agents}
+
+    def rewards(self, agents):
+        return {a: 1.0 for a in agents}
+
+    def flags(self, agents):
+        return {a: False for a in agents}, {a: self.t >= 5 for a in agents}
+
+    def left(self, agents, terminated, truncated):
+        return [a for a in agents if not (terminated[a] or truncated[a])]
+
+    def reset(self, seed=None, options=None):
+        self.agents, self.t = list(self.possible_agents), 0
+        return self.seen(self.agents), self.infos(self.agents)
+
+    def step(self, actions):
+        self.t, self.actions, agents = self.t + 1, actions, self.agents
+        told = self.seen(agents), self.rewards(agents), *self.flags(agents), self.infos(agents)
+        self.agents = self.left(agents, told[2], told[3])
+        return told
+
+
+@pytest.fixture
+def stub(monkeypatch):
+    """Makes a Team of one copy, or the arguments of a run, of a Stub with other methods."""
+
+    def make(copies=1, args=False, reward_mode="own", limit=1000, **methods):
+        module = types.ModuleType("stub")
+        module.parallel_env = type("parallel_env", (Stub,), methods)
+        monkeypatch.setitem(sys.modules, "stub", module)
+        return None if args else make_team("stub", copies, reward_mode=reward_mode, limit=limit)
+
+    return make
+
+
+def play_on(team, steps=1):
+    for _ in range(steps):
+        team.step(legal_actions(team))
+    return team
+
+
+def train_small(script, folder, **changes):
+    """Train on the stub; returns the result."""
+    module = load(f"marl_algos/{script}.py")
+    given = small_args(f"marl_algos/{script}.py", total_timesteps=100, env_id="stub", run_dir=str(folder / script))
+    return module.train(module.Args(**given | ({"batch_size": 2} if script == "qmix" else {}) | changes))
+
+
+def test_a_state_that_fails_later_stays_at_the_last_good_one(stub):
+    def state(env):
+        if env.t in (2, 5):
+            raise AttributeError("no position")
+        return np.arange(3 if env.t != 3 else 4) + env.t  # in step 3 of another length
+
+    team = stub(state=state)
+    assert team.has_state and team.state_dim == 3
+    states = [play_on(team).state[0, 0] for _ in range(5)]
+    assert states == [1, 1, 1, 4, 4] and team.done.all()
+    team.reset()
+    assert team.state[0].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("state", [{"a": 1}, lambda env: {"a": 1}, lambda env: 1 / 0, lambda env: None])
+def test_a_state_that_is_none_leaves_all_observations(stub, state):
+    team = stub(state=state)
+    assert not team.has_state and "all observations" in str(team)
+    assert play_on(team).state[0].tolist() == [1, 1, 1, 1]
+
+
+def test_a_state_that_fails_at_first_is_never_asked_for_again(stub):
+    def state(env):
+        if env.t == 0:
+            raise NotImplementedError
+        return np.zeros(3)
+
+    assert play_on(stub(state=state), 3).state[0].tolist() == [3, 1, 3, 1]
+
+
+def test_rewards_and_flags_count_only_of_agents_that_acted(stub):
+    everyone = {
+        "left": lambda env, agents, *flags: [] if env.t == 5 else ["blue"] if env.t >= 2 else agents,
+        "rewards": lambda env, agents: {"red": 10.0 * env.t, "blue": 1.0},
+        "flags": lambda env, agents: ({"red": env.t >= 2, "blue": False}, {"red": True, "blue": env.t == 5}),
+    }
+    team = stub(**everyone | {"flags": lambda env, agents: (dict.fromkeys(agents, False), {"blue": env.t == 5})})
+    assert play_on(team, 2).reward[0].tolist() == [20, 1] and team.terminated[0].tolist() == [True, False]
+    assert play_on(team).reward[0].tolist() == [0, 1] and not team.terminated.any(), "red has left"
+    team = stub(reward_mode="mean", **everyone)
+    story = [(play_on(team).reward[0, 0], team.terminated[0].tolist(), team.truncated[0].tolist()) for _ in range(5)]
+    no, red, blue = [False, False], [True, False], [False, True]
+    assert story == [(5.5, no, red), (1, no, no), (1, no, no), (1, no, no), (1, no, blue)]
+
+
+def test_an_agent_that_stays_listed_after_its_end_does_not_come_back_but_a_new_one_may_join(stub):
+    def left(env, agents, terminated, truncated):
+        return ["red"] if env.t == 3 else [] if env.t == 5 else ["red", "blue"]
+
+    team = stub(left=left, flags=lambda env, agents: ({"red": env.t == 1, "blue": False}, {}))
+    story = [play_on(team).alive[0].tolist() for _ in range(5)]
+    assert story == [[False, True], [False, True], [False, False]] + [[False, False]] * 2
+    team = stub(left=lambda env, agents, *flags: [[], ["blue"], ["red"], []][min(env.t, 3)], reset=reset_with_blue)
+    story = [play_on(team).alive[0].tolist() for _ in range(3)]
+    assert story == [[False, True], [True, False], [False, False]]
+
+
+def reset_with_blue(env, seed=None, options=None):
+    env.agents, env.t = ["blue"], 0
+    return env.seen(env.agents), env.infos(env.agents)
+
+
+def test_agents_that_all_leave_without_a_flag_have_terminated(stub):
+    team = play_on(stub(left=lambda env, agents, *flags: [] if env.t == 2 else agents), 2)
+    assert team.done.all() and team.terminated.all() and not team.truncated.any()
+
+
+def test_resets_after_which_nobody_acts_are_repeated(stub, capsys):
+    def reset(env, seed=None, options=None):
+        type(env).made += 1
+        seen = Stub.reset(env)
+        env.agents = env.agents if env.made % 3 == 0 else []
+        return seen
+
+    team = stub(copies=2, reset=reset)
+    assert team.alive.all() and not team.done.any()
+    with pytest.raises(SystemExit):
+        stub(reset=lambda env, **given: ({}, {}))
+    assert capsys.readouterr().err == "error: stub: no agent of the team acts after a reset\n"
+
+
+@pytest.mark.parametrize("reward", [np.array([2.0]), np.float32(2), 2, np.array(2.0), np.array([[2]])])
+def test_rewards_of_any_scalar_kind(stub, reward):
+    assert play_on(stub(rewards=lambda env, agents: dict.fromkeys(agents, reward))).reward[0].tolist() == [2, 2]
+
+
+def test_flags_of_any_scalar_kind(stub):
+    flags = ({"red": np.array([True]), "blue": np.bool_(False)}, {"red": None, "blue": 1})
+    team = play_on(stub(flags=lambda env, agents: flags, left=lambda env, *told: []))
+    assert team.terminated[0].tolist() == [True, False] and team.truncated[0].tolist() == [False, True]
+
+
+def test_a_mask_of_none_is_no_mask(stub):
+    team = stub(infos=lambda env, agents: {"red": {"action_mask": None}, "blue": {"action_mask": [0, 1, 0]}})
+    assert team.mask[0].tolist() == [[True] * 3, [False, True, False]]
+
+
+def test_agents_may_have_numbers_for_names(stub, monkeypatch):
+    team = stub(possible_agents=[10, 21, 11])
+    assert play_on(team, 5).done.all() and "10 to 11" in str(team)
+    team = make_team("stub", team="1")
+    assert team.agents == [10, 11] and list(team.others) == [21]
+    with pytest.raises(SystemExit):
+        make_team("stub", team="red")
+
+
+def test_discrete_spaces_need_not_start_at_0(stub):
+    team = stub(
+        action_space=lambda env, agent: Discrete(3, start=5 if agent == "red" else -1),
+        observation_space=lambda env, agent: Discrete(4, start=2),
+        seen=lambda env, agents: dict.fromkeys(agents, 3),
+    )
+    team.step(np.array([[2, 1]]))
+    assert team.envs[0].actions == {"red": 7, "blue": 0} and team.obs[0].tolist() == [[0, 1, 0, 0]] * 2
+
+
+def test_observations_that_the_environment_reuses_are_copied(stub):
+    shared = np.zeros(2, np.float32)
+
+    def seen(env, agents):
+        shared[0] = env.t
+        return dict.fromkeys(agents, shared)
+
+    team = stub(seen=seen, state=lambda env: shared)
+    first = team.obs, team.state
+    play_on(team)
+    assert not first[0].any() and not first[1].any() and team.obs[0, 0, 0] == team.state[0, 0] == 1
+
+
+@pytest.mark.parametrize(
+    "space, expected",
+    [
+        (MultiDiscrete([2, 3]), "MultiDiscrete"),
+        (Box(0, 1, (2, 2)), "(2, 2)"),
+        (Box(-np.inf, np.inf, (2,)), "bounded"),
+        (Dict({"a": Discrete(2)}), "Dict"),
+        (Tuple((Discrete(2), Discrete(3))), "Tuple"),
+    ],
+)
+def test_actions_that_do_not_fit_are_named(stub, space, expected, capsys):
+    with pytest.raises(SystemExit) as stop:
+        stub(action_space=lambda env, agent: space)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and expected in error and "stub has" in error
+
+
+def test_observations_without_a_size_are_named(stub, capsys):
+    with pytest.raises(SystemExit):
+        stub(observation_space=lambda env, agent: Sequence(Discrete(2)))
+    assert "Sequence" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [RuntimeError(), ValueError("a\nb"), SystemExit("no licence"), AssertionError("x")])
+def test_whatever_a_constructor_raises_is_one_line(stub, error, capsys):
+    def fail(env):
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        stub(__init__=fail)
+    line = capsys.readouterr().err
+    assert stop.value.code == 2 and line.count("\n") == 1 and (str(error) or "RuntimeError").split("\n")[-1] in line
+
+
+@pytest.mark.parametrize("script", ["qmix", "mappo"])
+@pytest.mark.parametrize("what", ["obs", "reward", "state"])
+def test_numbers_that_are_not_finite_end_a_run_with_one_line(stub, script, what, tmp_path, capsys):
+    bad = lambda env: np.nan if env.t == 3 and type(env).made > 6 else 1.0  # noqa: E731
+    count = lambda env, **given: setattr(type(env), "made", env.made + 1) or Stub.reset(env)  # noqa: E731
+    methods = {
+        "obs": {"seen": lambda env, agents: {a: np.array([bad(env), 0], np.float32) for a in agents}},
+        "reward": {"rewards": lambda env, agents: dict.fromkeys(agents, np.inf * bad(env) if bad(env) != 1 else 1.0)},
+        "state": {"state": lambda env: np.array([bad(env)])},
+    }[what]
+    stub(args=True, reset=count, **methods)
+    with pytest.raises(SystemExit) as stop:
+        train_small(script, tmp_path)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and f"not finite in its {what}" in lines[-1] and "at step" in lines[-1]
+
+
+def test_a_first_observation_that_is_not_finite_is_one_line(stub, capsys):
+    with pytest.raises(SystemExit) as stop:
+        stub(seen=lambda env, agents: {a: np.full(2, np.inf, np.float32) for a in agents})
+    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("script", ["qmix", "mappo"])
+def test_episodes_that_never_end_are_cut_and_one_line_says_so(stub, script, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(load(f"marl_algos/{script}.py").Team, "has_cut", False)
+    stub(args=True, flags=lambda env, agents: ({}, {}), left=lambda env, agents, *flags: agents)
+    result = train_small(script, tmp_path, max_episode_steps=7, total_timesteps=200)
+    assert result["return"] == 7, "the evaluation's episode, too"
+    lengths = {length for _, length in scalars(tmp_path / script)["charts/episodic_length"]}
+    assert lengths == {7}
+    out = capsys.readouterr().out
+    assert out.count("--max-episode-steps") == 1 and "cut after 7 steps" in out
+
+
+def test_a_cut_is_a_time_limit_for_the_living(stub, monkeypatch):
+    monkeypatch.setattr(qmix.Team, "has_cut", True)
+    dies = lambda env, agents: ({"red": env.t == 2}, {})  # noqa: E731
+    team = stub(flags=dies, left=lambda env, agents, *told: ["blue"] if env.t >= 2 else agents, limit=4)
+    story = [(play_on(team).truncated[0].tolist(), bool(team.done[0])) for _ in range(4)]
+    assert story == [([False, False], False)] * 3 + [([False, True], True)] and team.lengths[0] == 4
+    play_on(team)
+    assert team.truncated[0].tolist() == [False, True] and team.lengths[0] == 4, "it stays as it ended"
+    team.reset(team.done)
+    assert team.alive.all() and not team.truncated.any()
+
+
+def test_an_environment_that_cannot_close_has_been_evaluated(stub):
+    def close(env):
+        raise OSError("already closed")
+
+    team = stub(close=close)
+    assert qmix.evaluate_team(lambda team, memory, explore: (legal_actions(team), None), team, 3) == [5.0] * 3
+
+
+@pytest.mark.parametrize("script", ["qmix", "mappo"])
+@pytest.mark.parametrize("case", ["no moviepy", "no render_mode", "no picture"])
+def test_what_cannot_be_filmed_is_known_before_training(stub, script, case, tmp_path, capsys, monkeypatch):
+    if case == "no moviepy":
+        monkeypatch.setitem(sys.modules, "moviepy", None)
+    if case == "no picture":
+        pytest.importorskip("moviepy")
+    methods = {} if case == "no render_mode" else {"__init__": lambda env, render_mode: Stub.__init__(env)}
+    stub(args=True, render=lambda env: None, **methods)
+    with pytest.raises(SystemExit) as stop:
+        train_small(script, tmp_path, capture_video=True)
+    error = capsys.readouterr().err
+    expected = {"no moviepy": "moviepy", "no render_mode": "render_mode", "no picture": "no image"}[case]
+    assert stop.value.code == 2 and error.count("\n") == 1 and expected in error
+    assert not (tmp_path / script).exists()
 
 
 # --- both references train --------------------------------------------------------------------------------------------
@@ -367,19 +678,22 @@ SUITES = {
     "masks": ("scripted", {}),
     "continuous spread": ("mpe2.simple_spread_v3", {"continuous_actions": True}),
     "continuous vmas": ("envs.vmas", {"continuous_actions": True, "max_steps": 20}),
+    "walkers": ("pettingzoo.sisl.multiwalker_v9", {}),  # its state fails after an episode's end
+    "rock, paper, scissors": ("pettingzoo.classic.rps_v2", {"team": "player_0"}),  # its state is a dict
 }
+CONTINUOUS = ("continuous spread", "continuous vmas", "walkers")
 
 
 @pytest.mark.parametrize("suite", SUITES)
 @pytest.mark.parametrize("script", ["qmix", "mappo"])
 def test_both_train_past_their_first_updates(script, suite, scripted, tmp_path, capsys):
-    env_id, settings = SUITES[suite]
-    team, kwargs = settings.get("team", ""), {k: v for k, v in settings.items() if k != "team"}
+    env_id, kwargs = SUITES[suite]
+    team, kwargs = kwargs.get("team", ""), {k: v for k, v in kwargs.items() if k != "team"}
     given = small_args(f"marl_algos/{script}.py", total_timesteps=150)
     given |= {"batch_size": 2} if script == "qmix" else {}
     given |= dict(env_id=env_id, env_kwargs=json.dumps(kwargs), team=team, run_dir=str(tmp_path))
     module = load(f"marl_algos/{script}.py")
-    if script == "qmix" and "continuous" in suite:
+    if script == "qmix" and suite in CONTINUOUS:
         with pytest.raises(SystemExit):
             module.train(module.Args(**given))
         assert "qmix needs discrete actions" in capsys.readouterr().err
@@ -416,7 +730,7 @@ def test_a_missing_package_is_named_with_its_pip_line(name, package, monkeypatch
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.delitem(sys.modules, f"envs.{name}", raising=False)
     with pytest.raises(SystemExit):
-        qmix.make_parallel(f"envs.{name}", "{}", film=False)
+        qmix.make_parallel(settings(f"envs.{name}"))
     error = capsys.readouterr().err
     assert "pip install" in error and package in error and error.count("\n") == 1
 

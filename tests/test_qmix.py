@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 
+import figures
 import numpy as np
 import pytest
 import torch
@@ -16,13 +17,14 @@ CPU = torch.device("cpu")
 N, D, S, A = 3, 4, 5, 6  # agents, widths of observation and state, actions
 
 
-def make_agent(recurrent=True, **settings):
+def make_agent(recurrent=True, epsilon=0.0, **settings):
     """An agent whose targets differ from its networks."""
     torch.manual_seed(0)
     agent = qmix.QMIX(N, D, S, A, qmix.Args(hidden_dim=8, mixing_dim=7, recurrent=recurrent, **settings), CPU)
     for net in (agent.agents_targ, agent.mixer_targ):
         for parameter in net.parameters():
             parameter.data += 0.3 * torch.randn_like(parameter)
+    agent.epsilon = epsilon
     return agent
 
 
@@ -291,20 +293,20 @@ class Stage:
 
 @pytest.mark.parametrize("epsilon", [0.0, 0.5, 1.0])
 def test_masked_actions_are_never_taken(epsilon):
-    agent, stage = make_agent(), Stage(E=100)
+    agent, stage = make_agent(epsilon=epsilon), Stage(E=100)
     memory = None
     for _ in range(100):  # 10 000 joint steps
-        action, memory = agent.act(stage, memory, epsilon)
+        action, memory = agent.act(stage, memory)
         assert np.take_along_axis(stage.mask, action[..., None], axis=-1).all()
         stage.show()
 
 
 def test_greedy_actions_are_the_best_legal_ones_and_draw_no_random_numbers():
-    agent, stage = make_agent(), Stage(E=20)
+    agent, stage = make_agent(epsilon=1.0), Stage(E=20)
     before = torch.get_rng_state()
     memory, history = None, []
     for _ in range(4):
-        action, memory = agent.act(stage, memory)
+        action, memory = agent.act(stage, memory, explore=False)
         history.append((stage.obs, stage.mask, action))
         stage.show()
     assert torch.equal(torch.get_rng_state(), before)
@@ -317,10 +319,10 @@ def test_greedy_actions_are_the_best_legal_ones_and_draw_no_random_numbers():
 
 
 def test_exploration_is_uniform_over_legal_actions_and_each_agent_has_its_own_coin():
-    agent, stage = make_agent(), Stage(E=4_000)
+    agent, stage = make_agent(epsilon=0.3), Stage(E=4_000)
     stage.obs[:], stage.mask[:] = stage.obs[:1], stage.mask[:1]
-    greedy, _ = agent.act(stage)
-    action, _ = agent.act(stage, None, 0.3)
+    greedy, _ = agent.act(stage, explore=False)
+    action, _ = agent.act(stage)
     for i in range(N):
         legal = np.flatnonzero(stage.mask[0, i])
         share = np.bincount(action[:, i], minlength=A) / len(action)
@@ -368,7 +370,7 @@ class Ending(Stage):
 
 def test_play_stores_true_ends_and_time_limits_apart():
     stage = Ending(E=3)
-    episodes = qmix.play(stage, make_agent(), 1.0)
+    episodes = qmix.play(stage, make_agent(epsilon=1.0))
     assert episodes["obs"].shape == (3, 4, N, D) and episodes["state"].shape == (3, 4, S)
     assert episodes["mask"].shape == (3, 4, N, A) and episodes["action"].shape == (3, 3, N)
     assert episodes["reward"].tolist() == [[3, 6, 0], [3, 6, 9], [3, 6, 9]]
@@ -434,10 +436,10 @@ def test_loop_decays_epsilon_updates_twice_an_episode_and_copies_targets_in_time
     epsilons, calls = [], []
     play, update, copy_targets = qmix.play, qmix.QMIX.update, qmix.QMIX.update_targets
 
-    def spy(team, agent, epsilon):
-        epsilons.append(epsilon)
+    def spy(team, agent):
+        epsilons.append(agent.epsilon)
         calls.append("play")
-        return play(team, agent, epsilon)
+        return play(team, agent)
 
     monkeypatch.setattr(qmix, "play", spy)
     monkeypatch.setattr(qmix.QMIX, "update", lambda agent, **batch: calls.append("update") or update(agent, **batch))
@@ -447,7 +449,7 @@ def test_loop_decays_epsilon_updates_twice_an_episode_and_copies_targets_in_time
     )
     game = dict(env_id="envs.matrix_games", env_kwargs='{"game": "two_step"}', total_timesteps=200)
     result = qmix.train(
-        qmix.Args(**game, **settings, eval_every=0, eval_episodes=1, device="cpu", run_dir=str(tmp_path))
+        qmix.Args(**game, **settings, eval_every=0, eval_episodes=1, device="cpu", run_dir=str(tmp_path / "run"))
     )
     assert result["steps"] == 200
     assert epsilons == pytest.approx([0.9 - 0.8 * min(1, 8 * k / 100) for k in range(25)]), "8 steps between plays"
@@ -460,7 +462,7 @@ def test_loop_decays_epsilon_updates_twice_an_episode_and_copies_targets_in_time
 
 
 @pytest.mark.parametrize("anneal, expected", [(True, [0.75, 0.5, 0.25]), (False, [1.0, 1.0, 1.0])])
-def test_the_step_size_falls_to_zero(anneal, expected, tmp_path, monkeypatch):
+def test_the_learning_rate_falls_to_zero(anneal, expected, tmp_path, monkeypatch):
     sizes = []
 
     def watch(agent, **batch):
@@ -502,52 +504,52 @@ def test_qmix_compile_compiles_the_update_that_the_loop_calls(tmp_path, monkeypa
     assert compiled == [("update", {"mode": "reduce-overhead"})] and calls
 
 
-def learn(folder, game, capsys, **settings):
-    """The final return, and the printed tables: [(Q_tot, payoff), ...]."""
-    args = dict(epsilon_end=1.0, gamma=0.99, td_lambda=0.0, anneal=False, target_every=50)
-    args |= dict(eval_every=0, eval_episodes=1, device="cpu") | settings
-    args = qmix.Args(env_id="envs.matrix_games", env_kwargs=json.dumps(game), run_dir=str(folder), **args)
-    result = qmix.train(args)
-    printed = [line.split(": ", 1)[1] for line in capsys.readouterr().out.splitlines() if line.startswith("Q_tot")]
-    return result["return"], [tuple(map(json.loads, line.split(" | payoff: "))) for line in printed]
+def learn(folder, game, *settings):
+    """The final return, and (joint actions that lead there, payoffs, Q_tot) of each of the game's tables."""
+    words = ["--epsilon-end", "1", "--gamma", "0.99", "--td-lambda", "0", "--env-kwargs", json.dumps(game)]
+    return figures.learn_matrix_game([*words, *settings], folder / "run")
 
 
-def test_two_step_game_is_solved_with_the_published_tables(tmp_path, capsys):
-    value, tables = learn(tmp_path, {"game": "two_step"}, capsys, total_timesteps=1_600, learning_rate=2e-3)
+def test_two_step_game_is_solved_with_the_published_tables(tmp_path):
+    settings = "--total-timesteps 1600 --learning-rate 0.002 --no-anneal --target-every 50"
+    value, tables = learn(tmp_path, {"game": "two_step"}, *settings.split())
     assert value == 8.0
-    (first, _), (second, sevens), (third, payoff) = tables
-    assert np.array(first) == pytest.approx(np.array([[6.93, 6.93], [7.92, 7.92]]), abs=0.3)
-    assert np.array(second) == pytest.approx(np.array(sevens), abs=0.3)
-    assert np.array(third) == pytest.approx(np.array(payoff), abs=0.3)
+    (nothing, _, first), (path, sevens, second), (other, payoff, third) = tables
+    assert [nothing, path[0][0], other[0][0]] == [[], 0, 1] and (sevens == 7).all()
+    assert first == pytest.approx(np.array([[6.93, 6.93], [7.92, 7.92]]), abs=0.3)
+    assert second == pytest.approx(sevens, abs=0.3) and third == pytest.approx(payoff, abs=0.3)
 
 
-def test_a_monotone_mixer_fits_the_nonmonotone_game_of_qmix_4_by_least_squares(tmp_path, capsys):
+def test_a_monotone_mixer_fits_the_nonmonotone_game_of_qmix_4_by_least_squares(tmp_path):
     game = {"payoff": [[2, 1], [1, 8]]}
-    value, [(table, payoff)] = learn(tmp_path, game, capsys, total_timesteps=1_000, learning_rate=2e-3)
-    assert value == 8.0 and payoff == game["payoff"]
-    assert np.array(table) == pytest.approx(np.array([[4 / 3, 4 / 3], [4 / 3, 8.0]]), abs=0.35)
+    settings = "--total-timesteps 1000 --learning-rate 0.002 --no-anneal"
+    value, [(_, payoff, table)] = learn(tmp_path, game, *settings.split())
+    assert value == 8.0 and payoff.tolist() == game["payoff"]
+    assert table == pytest.approx(np.array([[4 / 3, 4 / 3], [4 / 3, 8.0]]), abs=0.35)
 
 
 @pytest.mark.slow
-def test_qtrans_game_ends_at_0_with_minus_8_where_a_is_played(tmp_path, capsys):
-    settings = dict(total_timesteps=25_000, num_envs=2_500, target_every=2_500, buffer_size=25_000, batch_size=128)
-    value, [(table, _)] = learn(tmp_path, {"game": "qtran"}, capsys, learning_rate=1e-3, anneal=True, **settings)
+def test_qtrans_game_ends_at_0_with_minus_8_where_a_is_played(tmp_path):
+    settings = "--total-timesteps 25000 --num-envs 2500 --buffer-size 25000 --batch-size 128"
+    value, [(_, _, table)] = learn(tmp_path, {"game": "qtran"}, *settings.split())
     assert value == 0
-    assert np.array(table) == pytest.approx(np.array([[-8, -8, -8], [-8, 0, 0], [-8, 0, 0]]), abs=0.3)
+    assert table == pytest.approx(np.array([[-8, -8, -8], [-8, 0, 0], [-8, 0, 0]]), abs=0.3)
 
 
 BAD = {
-    "continuous": ('--env-id mpe2.simple_spread_v3 --env-kwargs {"continuous_actions":true}', "mappo"),
-    "batch": ("--batch-size 200 --buffer-size 100", "batch_size"),
-    "copies": ("--num-envs 300 --buffer-size 200", "num_envs"),
-    "targets": ("--target-every 0", "target_every"),
-    "no copy": ("--num-envs 0", "num_envs"),
-    "epsilon": ("--epsilon-start 1.5", "epsilon"),
-    "lambda": ("--td-lambda 1.5", "td_lambda"),
-    "rate": ("--learning-rate -1", "learning_rate"),
-    "updates": ("--updates 0", "updates"),
+    "continuous": ('--env-id mpe2.simple_spread_v3 --env-kwargs {"continuous_actions":true}', "try mappo"),
+    "batch": ("--batch-size 200 --buffer-size 100", "--batch-size"),
+    "copies": ("--num-envs 300 --buffer-size 200", "--num-envs"),
+    "targets": ("--target-every 0", "--target-every"),
+    "no copy": ("--num-envs 0", "--num-envs"),
+    "epsilon": ("--epsilon-start 1.5", "--epsilon-start"),
+    "lambda": ("--td-lambda 1.5", "--td-lambda"),
+    "rate": ("--learning-rate -1", "--learning-rate"),
+    "updates": ("--updates 0", "--updates"),
+    "steps": ("--max-episode-steps 0", "--max-episode-steps"),
     "team": ("--team nobody", "agent_0"),
     "name": ("--env-id mpe2.simple_spred_v3", "simple_spread_v3"),
+    "one agent": ("--env-id CartPole-v1", "dqn"),
 }
 
 

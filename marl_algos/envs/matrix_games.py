@@ -94,26 +94,3 @@ class MatrixGame(ParallelEnv):
         self.agents = [] if over else agents
         flags = ({a: over for a in agents}, {a: False for a in agents})
         return {a: self.state() for a in agents}, {a: reward for a in agents}, *flags, {a: {} for a in agents}
-
-    def decisions(self) -> list:
-        """(joint actions that lead there, payoff table) of the states, each table once."""
-        paths, shown = {0: ()}, []
-        for state in range(len(self.payoffs)):
-            if not any(np.array_equal(self.payoffs[state], table) for _, table in shown):
-                shown.append((paths[state], self.payoffs[state]))
-            for joint in np.argwhere(self.after[state] > 0).tolist():  # later states follow only from earlier ones
-                paths.setdefault(int(self.after[state][tuple(joint)]), (*paths[state], tuple(joint)))
-        return shown
-
-    def show_q_tot(self, q_tot):
-        """Print q_tot(obs (t, n, d), state (d,), joint actions before (t - 1, n), joint actions) beside the payoffs."""
-        for path, payoff in self.decisions():
-            states = [0]
-            for joint in path:
-                states.append(int(self.after[states[-1]][joint]))
-            obs = np.repeat(self.seen[states][:, None], payoff.ndim, axis=1)
-            joints = np.array(list(np.ndindex(payoff.shape)))
-            table = q_tot(obs, self.seen[states[-1]], np.array(path, int).reshape(-1, payoff.ndim), joints)
-            table = np.round(table.astype(float), 2).reshape(payoff.shape)
-            after = f" after {', '.join(map(str, path))}" if path else ""
-            print(f"Q_tot{after}: {table.tolist()} | payoff: {payoff.tolist()}")
