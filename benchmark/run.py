@@ -309,6 +309,8 @@ def work(job: Job) -> tuple[bool, str]:
     """Run and harvest; returns whether that went well, and a line that says so. An error ends this run alone."""
     try:
         with lock_of(job) as lock:
+            if children.stopped:
+                return False, f"{job}: not begun"
             if not lock:
                 return True, f"{job}: another runner works on it"
             if not is_needed(job) or (job.csv.exists() and job.csv.stat().st_mtime > job.planned and is_finished(job)):
@@ -345,8 +347,9 @@ def on_this_machine(jobs: list[Job], processes: int, tell):
             for done in as_completed([pool.submit(work, job) for job in jobs]):
                 tell(*done.result())
         except BaseException:
+            print("stopping; each run ends its step or evaluation and saves a checkpoint", file=sys.stderr)
             children.stop()
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown()
             raise
         finally:
             signal.signal(signal.SIGTERM, before)
@@ -399,8 +402,7 @@ def main(args: Args):
             else:
                 on_this_machine(jobs, args.jobs, tell)
     except KeyboardInterrupt:
-        print("interrupted; the same command, without --again, continues the runs", file=sys.stderr)
-        raise SystemExit(130) from None
+        raise SystemExit(128 + signal.SIGINT) from None
     if failures:
         print(f"{len(failures)} of {len(jobs)} failed", file=sys.stderr)
         raise SystemExit(1)

@@ -42,7 +42,7 @@ class Args:
     resume: str = ""
 
 parser = argparse.ArgumentParser()
-for flag, default in dict(run_dir="", resume="", seed="", wait="0", fail="", value="5").items():
+for flag, default in dict(run_dir="", resume="", seed="", wait="0", fail="", late="", value="5").items():
     parser.add_argument("--" + flag.replace("_", "-"), default=default)
 args = parser.parse_args()
 folder = Path(args.resume or args.run_dir)
@@ -61,6 +61,8 @@ for step in (10, 20, 30):
     value = Summary.Value(tag="eval/return", simple_value=float(settings["value"]))
     writer.add_event(Event(step=step, summary=Summary(value=[value])))
 writer.close()
+if settings["late"]:
+    raise SystemExit("error: after its evaluations")
 result = {"return": float(settings["value"]), "std": 0.0, "returns": [1.0], "seconds": 90.0}
 (folder / "result.json").write_text(json.dumps(result))
 """
@@ -241,20 +243,24 @@ def test_a_committed_result_stays_unless_told(folders, fake, monkeypatch):
 
 
 def test_a_result_is_replaced_only_when_the_new_run_is_finished(folders, fake, monkeypatch, capsys):
-    task = changed(monkeypatch, fake, args="--fail 1", seeds=1)
+    task = changed(monkeypatch, fake, args="--late 1", seeds=1)
     write_curve(folders / "results" / fake.name, 1, [1, 2, 3])
     text = curves.path_of(fake, 1).read_text()
     with pytest.raises(SystemExit):
         run.main(run.Args(again=True))
     run.main(run.Args(harvest=True))
-    assert curves.path_of(fake, 1).read_text() == text
-    folder = run.run_folder(task, 1)
-    (folder / "args.json").write_text((folder / "args.json").read_text().replace('"fail": "1"', '"fail": ""'))
+    assert curves.path_of(fake, 1).read_text() == text, "there are evaluations, but no result"
+    settings = run.run_folder(task, 1) / "args.json"
+    settings.write_text(settings.read_text().replace('"late": "1"', '"late": ""'))
     run.main(run.Args())
     assert starts(folders) == ["1 fresh", "1 resumed"], "it goes on without being told again"
     assert curves.read(curves.path_of(fake, 1))[1][:, 1].tolist() == [5, 5, 5]
+    capsys.readouterr()
     run.main(run.Args())
-    assert len(starts(folders)) == 2
+    assert capsys.readouterr().out == "1 finished result kept; --again measures anew\n"
+    write_curve(folders / "results" / fake.name, 1, [1, 2, 3])
+    run.main(run.Args(harvest=True))
+    assert curves.read(curves.path_of(fake, 1))[1][:, 1].tolist() == [1, 2, 3]
 
 
 def test_an_unfinished_curve_is_not_replaced_by_a_shorter_one(folders, fake):
@@ -306,9 +312,12 @@ def test_begins_anew_where_a_script_cannot_resume(folders, fake):
     assert run.begin(job)[-2:] == ["--run-dir", str(job.folder)] and not (job.folder / "args.json").exists()
 
 
-def test_does_not_continue_a_run_of_another_command(folders, fake, monkeypatch, capsys):
+@pytest.mark.parametrize("finished", [False, True])
+def test_does_not_continue_a_run_of_another_command(folders, fake, monkeypatch, capsys, finished):
     run.main(run.Args(seeds=1))
     curves.path_of(fake, 1).unlink()
+    if not finished:
+        (run.run_folder(fake, 1) / "result.json").unlink()
     changed(monkeypatch, fake, args="--value 6")
     with pytest.raises(SystemExit) as stop:
         run.main(run.Args(seeds=1))
@@ -412,6 +421,14 @@ def test_two_runners_share_the_work(elsewhere):
     assert "another runner" in said[0][0] + said[1][0]
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_leaves_alone_what_another_runner_has_finished(folders, fake, again):
+    planned = time.time() - 1
+    run.main(run.Args(seeds=1))
+    good, line = run.work(run.Job(fake, 1, again, planned))
+    assert good and "another runner has finished it" in line and starts(folders) == ["1 fresh"]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has died")
 @pytest.mark.parametrize("how, code", [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_killed_runner_leaves_no_process(elsewhere, how, code):
@@ -431,6 +448,16 @@ def test_a_killed_runner_leaves_no_process(elsewhere, how, code):
     assert again.returncode == 0, said
     lines = (elsewhere.folder / "starts").read_text().splitlines()
     assert [line.split()[2] for line in lines] == ["fresh", "fresh", "resumed", "resumed"]
+
+
+def test_a_stopped_runner_begins_nothing_more(elsewhere):
+    assert elsewhere("--wait 0").wait(timeout=60) == 0
+    again = elsewhere("--wait 100", "--jobs", "1", "--again")
+    started(elsewhere, 3)
+    again.terminate()
+    said = again.communicate(timeout=60)
+    assert again.returncode == 143 and "saves a checkpoint" in said[1], said
+    assert (elsewhere.folder / "seed2" / "result.json").exists(), "--again had not yet come to it"
 
 
 def test_runs_on_a_ray_cluster(elsewhere):
