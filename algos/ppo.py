@@ -650,7 +650,7 @@ def saved_args(folder: str) -> Args:
         saved = json.loads(path.read_text())
         fits = saved.pop("script") == script and saved.keys() == default.keys()
         fits = fits and all(isinstance(saved[name], (type(default[name]), int)) for name in default)
-    except (OSError, ValueError, AttributeError, KeyError):
+    except Exception:  # no such file, no JSON, not what a run writes
         fits = False
     require(fits, f"{path} does not hold the settings of a run of {script}")
     return Args(**saved | {"run_dir": folder, "resume": folder})

@@ -43,13 +43,13 @@ import torch
 module = importlib.import_module(sys.argv[1])
 report, parts, before = {"unchanged": []}, {}, {}
 
-def start(run, last, **given):  # remember what the run started from
-    original_start(run, last, **given)
+def open_run(run, args, **given):  # remember what the run started from
+    original(run, args, **given)
     parts.update(given)
     before.update({name: copy.deepcopy(part.state_dict()) for name, part in given.items()})
 
 if hasattr(module, "Run"):
-    original_start, module.Run.start = module.Run.start, start
+    original, module.Run.__init__ = module.Run.__init__, open_run
 report["result"] = module.train(module.Args(**json.loads(sys.argv[2])))
 for name, part in parts.items():
     if isinstance(part, torch.nn.Module):
