@@ -210,9 +210,8 @@ class PPO:
         loss.backward()
         nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], self.args.max_grad_norm)
         self.optimizer.step()  # lines 6, 7
-        return dict(
-            zip(("losses/policy", "losses/value", "charts/entropy"), parts.clone())
-        )  # a CUDA graph reuses parts
+        parts = parts.clone()  # which a CUDA graph reuses
+        return dict(zip(("losses/policy", "losses/value", "charts/entropy"), parts))
 
     @torch.no_grad()
     def diagnostics(self, batch: dict) -> dict:
@@ -233,7 +232,7 @@ def train(args: Args) -> dict:
     require(batch_size % args.num_minibatches == 0, f"--num-minibatches must divide a rollout's {batch_size} steps")
     args = replace(args, total_timesteps=math.ceil(args.total_timesteps / batch_size) * batch_size)
     require_spaces(make_env(args), obs="vector", action="Discrete or MultiDiscrete or vector")
-    envs = make_envs(args, lambda: make_env(args))
+    envs = make_envs(lambda: make_env(args), args.num_envs)
     device, space = set_up_torch(args), envs.single_action_space
     agent = PPO(envs.single_observation_space.shape[0], space, args, device)
     rollout = Rollout(args.num_steps, envs, device)
@@ -363,9 +362,9 @@ class RewardScale(RunningMoments):
 class Rollout:
     """D_k: T steps of N environments, and the last observation of every episode that a time limit ended."""
 
-    def __init__(self, num_steps: int, envs: gym.vector.VectorEnv, device: torch.device):
+    def __init__(self, num_steps: int, envs: gym.vector.VectorEnv, device: torch.device, obs_type=torch.float32):
         obs_space, action_space, size = envs.single_observation_space, envs.single_action_space, envs.num_envs
-        self.obs = torch.zeros(num_steps + 1, size, *obs_space.shape, device=device)
+        self.obs = torch.zeros(num_steps + 1, size, *obs_space.shape, dtype=obs_type, device=device)
         action_type = torch.float32 if isinstance(action_space, gym.spaces.Box) else torch.int64
         self.a = torch.zeros(num_steps, size, math.prod(action_space.shape), dtype=action_type, device=device)
         self.r_ends = np.zeros((3, num_steps, size), dtype=np.float32)
@@ -399,9 +398,9 @@ def to_env(a, space: gym.Space) -> np.ndarray:
     return np.clip(a, space.low, space.high) if isinstance(space, gym.spaces.Box) else a
 
 
-def make_envs(args, make) -> gym.vector.VectorEnv:
+def make_envs(make, num_envs: int) -> gym.vector.VectorEnv:
     """Environments of `make` that step together, each reset in the very step that ends its episode."""
-    return gym.vector.SyncVectorEnv([make] * args.num_envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+    return gym.vector.SyncVectorEnv([make] * num_envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
 
 
 class Episodes(gym.Wrapper):
