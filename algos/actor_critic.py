@@ -1,16 +1,15 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["gymnasium", "numpy", "tensorboard", "torch", "tqdm", "tyro"]
+# dependencies = ["gymnasium", "moviepy", "numpy", "tensorboard", "torch", "tqdm", "tyro"]
 # ///
 """One-step actor-critic: the policy gradient with a temporal-difference error in the return's place.
 
-Paper   Barto, Sutton & Anderson, 1983. https://doi.org/10.1109/TSMC.1983.6313077
+Paper   Barto, Sutton & Anderson, 1983, "Neuronlike adaptive elements that can solve difficult learning control
+        problems". https://doi.org/10.1109/TSMC.1983.6313077
         Sutton & Barto, 2018, section 13.5. http://incompleteideas.net/book/the-book-2nd.html
 Notes   "Policy Gradient Methods" and "Actor-Critic (2016)"; the lines of pics/rl_17.png (the same as pics/ac_1.png),
         numbered; the notes also link rl_16.png, which does not exist
 Run     python algos/actor_critic.py --env-id CartPole-v1
-        python algos/actor_critic.py --env-id ShortCorridor-v0 --hidden 0 --theta-0 2.944 --alpha-theta 0.001953125
-            --alpha-w 0.0625 --gamma 1 --total-timesteps 15000
 
      1  input: a policy π(a|s, θ) and a state value v̂(s, w), both differentiable; step sizes α_θ, α_w > 0
      2  initialise θ and w
@@ -26,17 +25,21 @@ Run     python algos/actor_critic.py --env-id CartPole-v1
     12          S ← S'
 
 Beyond the pseudo-code: lines 9 and 10 are plain gradient steps, on the CPU. A time limit ends an episode without making
-S' terminal, so line 8 still bootstraps from it. Evaluation draws its actions from π too: in the corridor a policy that
-always does the same never arrives. There π takes all cells for the same, but v̂ is told which one it is: else δ would
-always be R. The picture has I on line 9, the book's final edition has not: --no-discount-w.
+S' terminal, so line 8 still bootstraps from it. Evaluation takes the likeliest action. The picture has I on line 9, the
+book's final edition has not: --no-discount-w.
 
-Result  CartPole-v1: 498, 497, 484 (seeds 1-3, 100 episodes); ShortCorridor-v0: -11.5 to -12.1 (seeds 1-5; best -11.66),
-        each by its command above
+Result  CartPole-v1 by the command above: @RESULT@ (seeds 1-3, means of 100 episodes). In the book's short corridor it
+        reaches -11.5 while learning, with π(right) = 0.57: benchmark/figures/short_corridor.png
 """
 
+import contextlib
+import copy
+import importlib
 import json
 import math
 import os
+import random
+import signal
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -54,121 +57,41 @@ from tqdm import tqdm
 @dataclass
 class Args:
     env_id: str = "CartPole-v1"
-    """a gymnasium environment with flat observations and Discrete actions, or the book's ShortCorridor-v0"""
+    """a gymnasium environment with vectors as observations and Discrete actions"""
     env_kwargs: str = "{}"
     """arguments of the environment, as JSON"""
     total_timesteps: int = 200_000
     """environment steps"""
     alpha_theta: float = 1e-3
-    """α_θ, step size of the policy"""
+    """step size of the policy, α_θ of line 10"""
     alpha_w: float = 1e-2
-    """α_w, step size of the state value"""
+    """step size of the state value, α_w of line 9"""
     gamma: float = 0.99
-    """γ, discount"""
+    """discount factor, γ of lines 8 and 11"""
     discount_w: bool = True
     """I in line 9, as in the picture; the book's final edition leaves it out there"""
-    hidden: int = 64
-    """units of the hidden layer of π and of v̂; 0 makes both linear"""
-    theta_0: float = 0.0
-    """θ of action 0 at the start where π is linear; 2.944 in the corridor is π(right) = 0.05"""
+    hidden_dim: int = 64
+    """width of the hidden layer of π and of v̂"""
 
     seed: int = 1
-    """seeds the networks, the actions and the environment"""
+    """seed of the networks, the actions and the environment"""
     run_dir: str = ""
-    """folder of log, checkpoint and result; runs/<env>__<script>__<seed>__<time> if empty"""
+    """folder of log, checkpoint and result; if empty, runs/<env>__<script>__<seed>__<time>"""
     eval_every: int = 25_000
-    """steps between evaluations, 0 for the last one only"""
+    """environment steps between evaluations; 0 evaluates at the end only"""
     eval_episodes: int = 100
-    """episodes of the policy, drawn from as in training, in an evaluation"""
+    """episodes of the policy's likeliest actions in an evaluation"""
     checkpoint_every: int = 100_000
-    """steps between checkpoints, 0 for the last one only"""
+    """environment steps between checkpoints; 0 saves at the end only"""
     resume: str = ""
-    """folder of a run to continue, with that run's settings"""
+    """folder of a run to continue with that run's settings"""
     capture_video: bool = False
     """film the first episode of the last evaluation"""
 
 
-class ActorCritic:
-    """The policy π and the critic v̂, networks of one hidden layer or linear, and their update after a step."""
-
-    def __init__(self, obs_dim: int, state_dim: int, num_actions: int, args: Args):
-        self.args = args
-        self.policy = approximator(obs_dim, args.hidden, num_actions)  # lines 1, 2
-        self.v = approximator(state_dim, args.hidden, 1)
-        self.theta, self.w = list(self.policy.parameters()), list(self.v.parameters())
-        if not args.hidden:
-            nn.init.constant_(self.policy.weight[0].data, args.theta_0)
-
-    @torch.inference_mode()
-    def act(self, s: np.ndarray, generator: torch.Generator | None = None) -> int:
-        p = self.policy(torch.as_tensor(s, dtype=torch.float32)).softmax(dim=-1)
-        return int(torch.multinomial(p, 1, generator=generator))  # line 6
-
-    def update(self, s, a: int, r: float, terminal: bool, x, x2, I_t: float) -> float:
-        """π sees s; v̂ sees the states x before and x2 after the step. Returns δ."""
-        s, x, x2 = (torch.as_tensor(array, dtype=torch.float32) for array in (s, x, x2))
-        v = self.v(x)
-        with torch.no_grad():
-            delta = (r + self.args.gamma * (1 - terminal) * self.v(x2) - v).item()  # line 8
-        ascend(self.w, v, self.args.alpha_w * (I_t if self.args.discount_w else 1) * delta)  # line 9
-        ascend(self.theta, self.policy(s).log_softmax(dim=-1)[a], self.args.alpha_theta * I_t * delta)  # line 10
-        return delta
-
-
-def train(args: Args) -> dict:
-    """Train, evaluate, and return what <run_dir>/result.json holds."""
-    run = Run("actor_critic", args)
-    args = run.args
-    require(args.alpha_theta > 0 and args.alpha_w >= 0, "alpha_theta must be positive, alpha_w not negative")
-    require(0 <= args.gamma <= 1 and args.hidden >= 0, "gamma must lie in [0, 1], hidden must not be negative")
-    env = make_env(args.env_id, args.env_kwargs)
-    obs_space, action_space = env.observation_space, env.action_space
-    flat = isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) == 1
-    require(
-        flat and isinstance(action_space, gym.spaces.Discrete),
-        f"actor_critic needs flat observations and Discrete actions (for others: q_learning, dqn, ppo); "
-        f"{args.env_id} has {obs_space} and {action_space}",
-    )
-    torch.manual_seed(args.seed)
-    torch.set_num_threads(1)  # one state at a time
-    s, info = env.reset(seed=args.seed)
-    agent = ActorCritic(len(s), len(info.get("hidden_state", s)), action_space.n, args)
-
-    def evaluation(film: Path | None = None) -> list[float]:
-        generator = torch.Generator().manual_seed(args.seed)  # the random stream of training stays untouched
-        env = make_env(args.env_id, args.env_kwargs, film)
-        return evaluate(lambda s: agent.act(s, generator), env, args.eval_episodes)
-
-    run.start(args.total_timesteps, policy=agent.policy, v=agent.v)
-    s, info = env.reset(seed=args.seed + run.step)  # line 4
-    x, I_t = info.get("hidden_state", s), 1.0
-    while run.step < args.total_timesteps:  # lines 3, 5
-        a = agent.act(s)  # line 6
-        s2, r, terminated, truncated, info = env.step(a)  # line 7
-        run.advance()
-        x2 = info.get("hidden_state", s2)
-        delta = agent.update(s, a, r, terminated, x, x2, I_t)  # lines 8-10
-        run.log({"losses/v": delta**2})
-        I_t *= args.gamma  # line 11
-        s, x = s2, x2  # line 12
-        if terminated or truncated:
-            run.log_episode(info["episode"])
-            s, info = env.reset()  # line 4
-            x, I_t = info.get("hidden_state", s), 1.0
-        run.evaluate_and_save(evaluation)
-    return run.finish(evaluation)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Plumbing: the same, to the letter, in every script that has it
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def require(condition: bool, message: str):
-    """Leave with one line and exit code 2 unless the condition holds."""
-    if not condition:
-        print("error:", *message.split(), file=sys.stderr)
-        raise SystemExit(2)
+def network(inputs: int, hidden_dim: int, outputs: int) -> nn.Module:
+    """One hidden layer: (…, inputs) -> (…, outputs)."""
+    return nn.Sequential(nn.Linear(inputs, hidden_dim), nn.Tanh(), nn.Linear(hidden_dim, outputs))
 
 
 def ascend(parameters: list[nn.Parameter], value: torch.Tensor, step: float):
@@ -178,126 +101,244 @@ def ascend(parameters: list[nn.Parameter], value: torch.Tensor, step: float):
         torch._foreach_add_(parameters, gradients, alpha=step)
 
 
-def approximator(inputs: int, hidden: int, outputs: int) -> nn.Module:
-    """One hidden layer; with hidden = 0, linear without a constant, and 0 at the start."""
-    if hidden:
-        return nn.Sequential(nn.Linear(inputs, hidden), nn.Tanh(), nn.Linear(hidden, outputs))
-    linear = nn.Linear(inputs, outputs, bias=False)
-    nn.init.zeros_(linear.weight)
-    return linear
+class ActorCritic:
+    """The policy π: states (…, obs_dim) -> preferences (…, actions), the critic v̂: -> (…, 1), and their update."""
+
+    def __init__(self, policy: nn.Module, v: nn.Module, args: Args):
+        self.policy, self.v, self.args = policy, v, args
+        self.theta, self.w = list(policy.parameters()), list(v.parameters())
+
+    @torch.inference_mode()
+    def act(self, s: np.ndarray, explore: bool = True) -> int:
+        pi = self.policy(torch.as_tensor(s, dtype=torch.float32)).softmax(dim=-1)
+        return int(torch.multinomial(pi, 1) if explore else pi.argmax())  # line 6
+
+    def update(self, s: np.ndarray, a: int, r: float, s2: np.ndarray, terminated: bool, I_t: float) -> float:
+        """One gradient step for v̂ and one for π; s and s2 (obs_dim,). Returns δ."""
+        s, s2 = torch.as_tensor(s, dtype=torch.float32), torch.as_tensor(s2, dtype=torch.float32)
+        v = self.v(s)
+        with torch.no_grad():
+            delta = (r + self.args.gamma * (1 - terminated) * self.v(s2) - v).item()  # line 8
+        ascend(self.w, v, self.args.alpha_w * (I_t if self.args.discount_w else 1) * delta)  # line 9
+        ascend(self.theta, self.policy(s).log_softmax(dim=-1)[a], self.args.alpha_theta * I_t * delta)  # line 10
+        return delta
 
 
-class ShortCorridor(gym.Env):
-    """Example 13.1: three cells and the goal, -1 a step; in the second cell left (0) and right (1) change places.
-    All cells look like [1], since the policy is to take them for the same; info tells a critic which one it is."""
+def train(args: Args) -> dict:
+    """Train, evaluate, and return what <run_dir>/result.json holds."""
+    check(args, alpha_theta=(0, math.inf), alpha_w=(0, math.inf), gamma=(0, 1), hidden_dim=(1, math.inf))
+    env = make_env(args)
+    require_spaces(env, obs="vector", action="Discrete")
+    set_up_torch(args)
+    obs_dim, num_actions = env.observation_space.shape[0], env.action_space.n
+    policy, v = network(obs_dim, args.hidden_dim, num_actions), network(obs_dim, args.hidden_dim, 1)  # lines 1, 2
+    agent = ActorCritic(policy, v, args)
 
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 4}
-    observation_space, action_space = gym.spaces.Box(0, 1, (1,), np.float32), gym.spaces.Discrete(2)
+    def evaluation(film: Path | None = None) -> list[float]:
+        return evaluate(agent.act, make_env(args, film), args.eval_episodes)
 
-    def __init__(self, render_mode: str | None = None):
-        self.render_mode = render_mode
+    with Run(args, policy=policy, v=v) as run:
+        s, _ = env.reset(seed=args.seed + run.step)
+        I_t = 1.0  # line 4
+        while run.step < args.total_timesteps:  # lines 3, 5
+            a = agent.act(s)  # line 6
+            s2, r, terminated, truncated, info = env.step(a)  # line 7
+            run.advance()
+            delta = agent.update(s, a, r, s2, terminated, I_t)  # lines 8-10
+            run.log({"losses/value": delta**2})
+            I_t *= args.gamma  # line 11
+            s = s2  # line 12
+            if terminated or truncated:
+                run.log_episode(info["episode"])
+                s, _ = env.reset()
+                I_t = 1.0  # line 4
+            run.evaluate_and_save(evaluation)
+        return run.finish(evaluation)
 
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.cell = 0
-        return np.ones(1, np.float32), {"hidden_state": np.eye(4)[0]}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Plumbing: the same in every script that has it
+
+
+def require(condition: bool, message: str):
+    """Exit with code 2 and one line unless the condition holds."""
+    if not condition:
+        print("error:", *message.split(), file=sys.stderr)
+        raise SystemExit(2)
+
+
+def check(args, **ranges: tuple[float, float]):
+    """Exit with code 2 and one line unless the settings are finite and lie in these closed ranges."""
+    ranges |= dict(total_timesteps=(1, math.inf), eval_episodes=(1, math.inf), num_threads=(1, os.cpu_count()))
+    ranges |= dict(eval_every=(0, math.inf), checkpoint_every=(0, math.inf), seed=(0, 2**32 - 1))
+    for name, (low, high) in ranges.items():
+        for value in np.ravel(getattr(args, name, [])):
+            fits = low <= value <= high and math.isfinite(value)
+            require(fits, f"--{name.replace('_', '-')} must lie in [{low}, {high}], it is {value}")
+
+
+def set_up_torch(args) -> torch.device:
+    """Seed every random generator, set the number of threads, and return the device."""
+    device, gpu = getattr(args, "device", "cpu"), torch.cuda.is_available()
+    fits = device in ("auto", "cpu") or (device == "cuda" and gpu)
+    require(fits, f"--device must be auto, cpu or, with a GPU, cuda, it is {device}")
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(getattr(args, "num_threads", 1))
+    return torch.device("cuda" if gpu and device != "cpu" else "cpu")
+
+
+class Episodes(gym.Wrapper):
+    """Counts episodes' returns and lengths, copies observations, and refuses numbers that are not finite."""
+
+    def reset(self, **kwargs):
+        obs, info = self.env.reset(**kwargs)
+        self.episode = {"r": 0.0, "l": 0}
+        return copy.copy(obs), info
 
     def step(self, action):
-        forward = (action == 1) != (self.cell == 1)
-        self.cell = max(self.cell + (1 if forward else -1), 0)
-        return np.ones(1, np.float32), -1.0, self.cell == 3, False, {"hidden_state": np.eye(4)[self.cell]}
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        reward = float(np.asarray(reward).item())  # which may have the shape (1,)
+        if not (math.isfinite(reward) and np.isfinite(obs).all()):
+            raise FloatingPointError(f"{self.spec.id} gave the observation {obs} and the reward {reward}")
+        self.episode = {"r": self.episode["r"] + reward, "l": self.episode["l"] + 1}
+        if terminated or truncated:
+            info = info | {"episode": self.episode}
+        return copy.copy(obs), reward, bool(terminated), bool(truncated), info
 
-    def render(self):
-        return np.kron(np.eye(4)[[self.cell]], np.full((32, 32), 255)).astype(np.uint8)[:, :, None].repeat(3, axis=2)
 
-
-gym.register("ShortCorridor-v0", ShortCorridor, disable_env_checker=True)
-
-
-def make_env(env_id: str, env_kwargs: str, film: Path | None = None) -> gym.Env:
-    """The environment, its episodes counted; with `film`, the first of them recorded into that folder."""
-    if film and sys.platform == "linux" and "DISPLAY" not in os.environ:
+def make_env(args, film: Path | None = None) -> gym.Env:
+    """The environment of the settings; with `film`, its first episode is recorded in that folder."""
+    if args.capture_video and sys.platform == "linux" and "DISPLAY" not in os.environ:
         os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo draws without a display
     gym.logger.min_level = gym.logger.ERROR  # no word about newer versions of the environment at each evaluation
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # where `my_module:MyEnv-v0` may be
     try:
-        env = gym.make(env_id, render_mode="rgb_array" if film else None, **json.loads(env_kwargs))
+        kwargs = json.loads(args.env_kwargs) | ({"render_mode": "rgb_array"} if args.capture_video else {})
+        env = gym.make(args.env_id, **kwargs)
+        if args.capture_video:  # what a film lacks is found before training
+            importlib.import_module("moviepy")
+            env.reset(seed=args.seed)
+            env.render()
         if film:
             env = gym.wrappers.RecordVideo(env, str(film), episode_trigger=lambda episode: episode == 0)
-    except (gym.error.Error, ImportError, RuntimeError, TypeError, ValueError) as error:
-        require(False, f"cannot make {env_id}: {error}")
-    return gym.wrappers.RecordEpisodeStatistics(env)
+    except Exception as error:  # whatever an environment raises, its user reads one line
+        problem = str(error) or type(error).__name__
+        require(False, f"cannot make {args.env_id} with --env-kwargs {args.env_kwargs}: {problem}")
+    return Episodes(env)
+
+
+def require_spaces(env: gym.Env, obs: str, action: str):
+    """Exit with code 2 and one line unless the spaces are of these kinds, such as "Discrete or vector": see kind_of."""
+    scripts = {"Discrete Discrete": "q_learning, sarsa", "vector Discrete": "dqn, ppo", "vector vector": "td3, ppo"}
+    scripts |= {"vector MultiDiscrete": "ppo", "image Discrete": "dqn_atari, ppo_atari"}
+    kinds = [kind_of(space) for space in (env.observation_space, env.action_space)]
+    for kind, needed in zip(kinds, (obs, action)):
+        problem = f"{Path(__file__).stem} needs {obs} observations and {action} actions; {env.spec.id} has "
+        problem += f"{env.observation_space} and {env.action_space}; try "
+        problem += scripts.get(" ".join(kind.removeprefix("bounded ") for kind in kinds), "another environment")
+        require({kind, kind.removeprefix("bounded ")} & set(needed.split(" or ")), problem)
+
+
+def kind_of(space: gym.Space) -> str:
+    """Discrete, MultiDiscrete (from 0 on), vector, bounded vector (Boxes of one axis), image (of bytes) or other."""
+    if isinstance(space, gym.spaces.Box):
+        image = len(space.shape) == 3 and space.dtype in (np.uint8, bool)
+        vector = "bounded vector" if space.is_bounded() else "vector"
+        return vector if len(space.shape) == 1 else "image" if image else "other"
+    discrete = isinstance(space, (gym.spaces.Discrete, gym.spaces.MultiDiscrete)) and not np.any(space.start)
+    return type(space).__name__ if discrete else "other"
 
 
 def evaluate(act, env: gym.Env, episodes: int, max_steps: int = 27_000) -> list[float]:
-    """Undiscounted returns of `act` (observation -> action) in `env`, always from the same seeds; closes `env`."""
+    """Undiscounted returns of `act` without exploration in `env`, always from the same seeds; closes `env`."""
     returns = []
     for episode in range(episodes):
         obs, _ = env.reset(seed=10_000 + episode)
         returns.append(0.0)
         for _ in range(max_steps):  # where no time limit ends an episode, a greedy policy may walk in circles
-            obs, reward, terminated, truncated, _ = env.step(act(obs))
-            returns[-1] += float(reward)
+            obs, reward, terminated, truncated, _ = env.step(act(obs, explore=False))
+            returns[-1] += reward
             if terminated or truncated:
                 break
-    env.close()
+    with contextlib.suppress(Exception):  # an environment that cannot be closed has been evaluated all the same
+        env.close()
     return returns
 
 
 class Run:
-    """A run's folder and what goes there: settings, TensorBoard log, checkpoint, result; and its progress bar."""
+    """A run's folder (settings, TensorBoard log, checkpoint, result), its clock and its progress bar.
 
-    def __init__(self, script: str, args):
-        require(min(args.total_timesteps, args.eval_episodes) >= 1, "total_timesteps, eval_episodes must be positive")
-        require(min(args.eval_every, args.checkpoint_every) >= 0, "eval_every, checkpoint_every must not be negative")
-        require(0 <= args.seed < 2**32, "seed must lie in [0, 2**32)")
-        if args.resume:
-            settings = Path(args.resume) / "args.json"
-            saved = json.loads(settings.read_text()) if settings.is_file() else {}
-            given, default = asdict(args) | {"run_dir": args.resume}, asdict(type(args)())
-            mine = saved.pop("script", "") == script and saved.keys() == given.keys()
-            require(mine, f"{args.resume} is not the folder of a run of this {script}")
-            saved |= {"run_dir": args.resume, "resume": args.resume}
-            typed = {word.split("=")[0].strip("-").replace("-", "_") for word in sys.argv[1:]}
-            other = [k for k in given if given[k] != saved[k] and (given[k] != default[k] or k in typed)]
-            require(not other, f"{args.resume} has other settings: " + ", ".join(f"{k} {saved[k]}" for k in other))
-            args = type(args)(**saved)
-        name = f"{args.env_id.replace('/', '-')}__{script}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-        self.script, self.args, self.folder = script, args, Path(args.run_dir or f"runs/{name}")
+    `with Run(args, **parts)` opens the folder or, to resume, loads its checkpoint into the parts, each with a
+    state_dict. Ctrl-C and SIGTERM end the run at the end of a step, with a checkpoint. A full disk and numbers that are
+    not finite end it with one line; the last checkpoint then stays as it is.
+    """
 
-    def start(self, last: int, **parts):
-        """Open the folder; load the checkpoint of the run to resume, if there is one. The run ends at step `last`."""
-        self.last, self.parts, self.step, self.seconds = last, parts, 0, 0.0
-        self.sums, self.next_line, self.status = {}, 30.0, "no episode yet"
-        checkpoint = self.folder / "checkpoint.pt"
-        if not self.args.resume:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for old in (checkpoint, self.folder / "result.json"):
-                old.unlink(missing_ok=True)
-            (self.folder / "args.json").write_text(json.dumps({"script": self.script, **asdict(self.args)}, indent=1))
-        elif checkpoint.exists():
-            state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=os.name == "posix")
+    def __init__(self, args, **parts):
+        name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        self.folder = Path(args.run_dir or f"runs/{name}").absolute()  # an environment may change the working folder
+        self.args, self.parts, self.step, self.seconds, self.saved, self.flushed = args, parts, 0, 0.0, -1, 0
+        self.sums, self.next_line, self.status, self.signal = {}, 30.0, "no episode yet", 0
+        free = args.resume or not (self.folder / "args.json").exists()
+        require(free, f"{self.folder} holds a run: --resume it, or choose another --run-dir")
+        if args.resume and (self.folder / "checkpoint.pt").exists():
+            self.load(self.folder / "checkpoint.pt")
+        settings = json.dumps({"script": Path(__file__).stem, **asdict(args)}, indent=1)
+        self.write("args.json", lambda path: path.write_text(settings))
+        self.writer = SummaryWriter(self.folder, purge_step=self.step + (self.step < args.total_timesteps))
+        self.bar = tqdm(initial=self.step, total=args.total_timesteps, unit="step", disable=None)
+        self.began = time.perf_counter() - self.seconds
+
+    def __enter__(self):
+        with contextlib.suppress(ValueError):  # only the main thread receives signals
+            signal.signal(signal.SIGINT, self.interrupt)
+            signal.signal(signal.SIGTERM, self.interrupt)
+        return self
+
+    def interrupt(self, number: int, frame):
+        """The run ends with this step, or after this evaluation; the same signal again ends it at once."""
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def load(self, path: Path):
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=os.name == "posix")
             self.step, self.seconds, (cpu, *gpus) = state["step"], state["seconds"], state["rng"]
             torch.set_rng_state(cpu)
             torch.cuda.set_rng_state_all(gpus[: torch.cuda.device_count()])
-            for name, part in parts.items():
+            for name, part in self.parts.items():
                 part.load_state_dict(state[name])
-        self.writer = SummaryWriter(self.folder, purge_step=self.step + 1)
-        self.bar = tqdm(initial=self.step, total=last, unit="step", disable=None)
-        self.began = time.perf_counter() - self.seconds
+        except Exception as error:  # cut off, empty, of other settings
+            require(False, f"{path} is not a checkpoint of this run: {error!r:.200}")
+        self.saved = self.flushed = self.step
+
+    def write(self, name: str, save):
+        """Let save(path) write a file aside, then put it in place: a crash leaves the old file or the new one."""
+        aside = self.folder / f"{name}.tmp"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save(aside)
+            os.replace(aside, self.folder / name)
+        except (OSError, RuntimeError) as error:  # no permission, a full disk
+            with contextlib.suppress(OSError):
+                aside.unlink()
+            require(False, f"cannot write {self.folder / name}; what was saved before stays: {error!r:.200}")
 
     def advance(self, count: int = 1):
         """`count` more environment steps are done."""
         self.step, self.stride, self.seconds = self.step + count, count, time.perf_counter() - self.began
         self.bar.update(count)
-        if self.due(max(self.last // 500, 1)):
+        if self.due(max(self.args.total_timesteps // 500, 1)):
             self.flush()
         if self.bar.disable and self.seconds > self.next_line:  # no terminal: a line now and then
-            self.next_line = self.seconds + 30
-            print(f"{self.step}/{self.last} steps | {self.status} | {self.step / self.seconds:.0f} steps/s", flush=True)
+            self.next_line, speed = self.seconds + 30, self.step / self.seconds
+            print(f"{self.step}/{self.args.total_timesteps} steps | {self.status} | {speed:.0f} steps/s", flush=True)
 
     def due(self, every: int) -> bool:
         """Did the latest steps complete a multiple of `every`? Not at the end: `finish` evaluates and saves anyway."""
-        return every > 0 and self.step % every < self.stride and self.step < self.last
+        return every > 0 and self.step % every < self.stride and self.step < self.args.total_timesteps
 
     def log(self, scalars: dict):
         """Collect scalars; five hundred times a run their means since the last time go to TensorBoard."""
@@ -312,46 +353,108 @@ class Run:
         self.bar.set_description_str(self.status, refresh=False)
 
     def flush(self):
-        """Write what `log` collected. A loss that is not finite ends the run: the last checkpoint is still good."""
-        for tag, (total, count) in self.sums.items():
-            mean = float(total) / count
-            good = math.isfinite(mean) or not tag.startswith("losses/")
-            require(good, f"{tag} is {mean} at step {self.step}; the last good checkpoint, if any, is in {self.folder}")
-            self.writer.add_scalar(tag, mean, self.step)
-        self.writer.add_scalar("charts/steps_per_second", self.step / self.seconds, self.step)
-        self.sums = {}
+        """Write what `log` collected, at most once a step. A loss that is not finite ends the run."""
+        if self.step > self.flushed:
+            self.log({"charts/steps_per_second": self.step / self.seconds})
+            for tag, (total, count) in self.sums.items():
+                mean = float(total) / count
+                if tag.startswith("losses/") and not math.isfinite(mean):
+                    raise FloatingPointError(f"{tag} is {mean}")
+                self.writer.add_scalar(tag, mean, self.step)
+            self.sums, self.flushed = {}, self.step
 
     def save(self):
-        """Write the checkpoint aside, then put it in place: a kill leaves the old one or the new one, never a half."""
+        """Write the checkpoint, unless one of its numbers is not finite."""
         self.flush()
         self.writer.flush()
-        rng = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
-        states = {name: part.state_dict() for name, part in self.parts.items()}
-        torch.save({"step": self.step, "seconds": self.seconds, "rng": rng, **states}, self.folder / "checkpoint.tmp")
-        os.replace(self.folder / "checkpoint.tmp", self.folder / "checkpoint.pt")
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        if not is_finite(state):
+            raise FloatingPointError("a number in the checkpoint is not finite")
+        state |= {"step": self.step, "seconds": self.seconds}
+        state["rng"] = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+        self.write("checkpoint.pt", lambda path: torch.save(state, path))
+        self.saved = self.step
 
     def evaluate_and_save(self, evaluation):
-        """Each when it is due; `evaluation` returns the returns of its episodes."""
+        """Each when it is due; `evaluation` returns the returns of its episodes. Ends the run after a signal."""
         if self.due(self.args.eval_every):
             self.writer.add_scalar("eval/return", np.mean(evaluation()), self.step)
-        if self.due(self.args.checkpoint_every):
+        if self.due(self.args.checkpoint_every) or self.signal:
             self.save()
+        if self.signal:
+            print(f"\nstopped at step {self.step}; continue with --resume {self.folder}", file=sys.stderr)
+            raise SystemExit(128 + self.signal)
 
     def finish(self, evaluation) -> dict:
         """Save, evaluate once more (and film it, if asked), write result.json, print the final line."""
-        self.save()
+        if self.step > self.saved:
+            self.save()
         self.bar.close()
         returns = evaluation(self.folder / "videos" if self.args.capture_video else None)
         mean, std, speed = float(np.mean(returns)), float(np.std(returns)), self.step / self.seconds
         self.writer.add_scalar("eval/return", mean, self.step)
-        self.writer.close()
-        result = {"script": self.script, "args": asdict(self.args), "return": mean, "std": std, "returns": returns}
-        result |= {"steps": self.step, "seconds": self.seconds, "steps_per_second": speed}
-        (self.folder / "result.json").write_text(json.dumps(result, indent=1))
+        result = {"script": Path(__file__).stem, "args": asdict(self.args), "return": mean, "std": std}
+        result |= {"returns": returns, "steps": self.step, "seconds": self.seconds, "steps_per_second": speed}
+        self.write("result.json", lambda path: path.write_text(json.dumps(result, indent=1)))
         print(f"final: return {mean:.2f} ± {std:.2f} over {len(returns)} episodes", end=" | ")
         print(f"{self.step} steps | {self.seconds:.1f} s | {speed:.0f} steps/s")
         return result
 
+    def __exit__(self, kind, error, trace):
+        """Say in one line why the loop ended early; below it, an error of the environment keeps its traceback."""
+        with contextlib.suppress(ValueError):
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self.bar.close()
+        self.writer.close()
+        if isinstance(error, Exception):
+            ending = f"at step {self.step}; the last good checkpoint, if any, is in {self.folder}"
+            broken = [f"{name} is not finite" for name, part in self.parts.items() if not is_finite(part.state_dict())]
+            problems = broken + [str(error)] * isinstance(error, FloatingPointError)
+            require(not problems, f"{', '.join(problems)} {ending}")
+            print(f"{type(error).__name__} {ending}", file=sys.stderr)
+
+
+def is_finite(state) -> bool:
+    """Are all numbers of a state_dict finite?"""
+    if isinstance(state, torch.Tensor):
+        return bool(state.isfinite().all())
+    inner = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
+    return all(map(is_finite, inner))
+
+
+def saved_args(folder: str) -> Args:
+    """The settings of the run in this folder, to resume it; exits with code 2 and one line if it holds no such run."""
+    path, script, default = Path(folder) / "args.json", Path(__file__).stem, asdict(Args())
+    try:
+        saved = json.loads(path.read_text())
+        fits = saved.pop("script") == script and saved.keys() == default.keys()
+        fits = fits and all(isinstance(saved[name], (type(default[name]), int)) for name in default)
+    except Exception:  # no such file, no JSON, not what a run writes
+        fits = False
+    require(fits, f"{path} does not hold the settings of a run of {script}")
+    return Args(**saved | {"run_dir": folder, "resume": folder})
+
+
+def main():
+    """Train with the settings of the command line; beside --resume, with those of the run in that folder."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal without UTF-8
+    description = __doc__.replace("\n", "\n ")  # tyro keeps the line breaks before indented lines
+    args = tyro.cli(Args, description=description)
+    if args.resume:
+        saved = saved_args(args.resume)
+        args = tyro.cli(Args, description=description, default=saved)
+        renewable = {"total_timesteps", "eval_every", "eval_episodes", "checkpoint_every", "capture_video"}
+        renewable |= {"device", "num_threads", "compile"}
+        other = {name for name, value in vars(args).items() if value != vars(saved)[name]} - renewable
+        require(not other, f"beside --resume, leave out {', '.join(sorted(other))}: these settings of a run stay")
+    try:
+        train(args)
+    except (MemoryError, RuntimeError) as error:
+        require("memory" not in f"{error!r}".lower(), f"not enough memory: {error}")
+        raise
+
 
 if __name__ == "__main__":
-    train(tyro.cli(Args))
+    main()

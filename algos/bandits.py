@@ -1,14 +1,14 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["matplotlib", "numpy", "tensorboard", "torch", "tyro"]
+# dependencies = ["numpy", "tensorboard", "torch", "tyro"]
 # ///
-"""Multi-armed bandits: ε-greedy, optimistic start, upper confidence bound (UCB) and gradient bandit.
+"""Multi-armed bandits: ε-greedy, optimistic initial values, upper confidence bound (UCB) and the gradient bandit.
 
 Paper   Sutton & Barto, 2018, chapter 2. http://incompleteideas.net/book/the-book-2nd.html
         UCB: Auer, Cesa-Bianchi & Fischer, 2002, "Finite-time Analysis of the Multiarmed Bandit Problem".
 Notes   "Multi-armed Bandits"; pics/rl_1.png derives line 6, the incremental mean
-Run     python algos/bandits.py --method ucb
-        python algos/bandits.py --plot testbed.png
+Run     python algos/bandits.py
+        python algos/bandits.py --method ucb
 
      1  for each arm a: Q(a) ← 0, N(a) ← 0
      2  for t = 1, 2, …:
@@ -27,20 +27,22 @@ Run     python algos/bandits.py --method ucb
     G4      H(A) ← H(A) + α (R - R̄) (1 - π(A))
     G5      H(a) ← H(a) - α (R - R̄) π(a)  for every a ≠ A
 
-Beyond the pseudo-code: it is the book's 10-armed testbed, R ~ N(q*(A), 1), thousands of bandits at once, each with arms
-q*(a) ~ N(mean, 1) of its own. `--q1 5 --alpha 0.1 --epsilon 0` is the optimistic start (with 1/N(A) the first pull
-would erase the optimism); the book's gradient bandits have `--mean 4`. The return of a bandit is its mean reward in the
-last tenth of its pulls.
+Beyond the pseudo-code: this is the book's ten-armed testbed, R ~ N(q*(A), 1), with thousands of bandits played at once,
+each with arms q*(a) ~ N(mean, 1) of its own. Optimistic initial values are --q1 5 --alpha 0.1 --epsilon 0: with 1/N(A)
+the first pull would replace them. The book's gradient bandits have --mean 4. The return of a bandit is its mean reward
+over the last tenth of its pulls.
 
-Result  return 1.36 ± 0.57 over 2000 bandits, 80 % of the last 100 pulls optimal, 0.7 s: python algos/bandits.py
-        return 1.49 ± 0.62, 86 % optimal: python algos/bandits.py --method ucb
+Result  first command: return 1.36 ± 0.57 over 2000 bandits, the optimal arm in 80 % of their last 100 pulls
+        second command: return 1.49 ± 0.62, the optimal arm in 86 %. Figures 2.2 to 2.5: benchmark/figures/testbed.png
 """
 
+import contextlib
 import json
 import math
+import os
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -52,41 +54,37 @@ from torch.utils.tensorboard import SummaryWriter
 @dataclass
 class Args:
     method: Literal["epsilon_greedy", "ucb", "gradient"] = "epsilon_greedy"
-    """how arms are chosen and what is learned"""
+    """epsilon_greedy: lines 1-6; ucb: with line U3 in place of line 3; gradient: lines G1-G5"""
     total_timesteps: int = 1_000
     """pulls of each bandit"""
+    bandits: int = 2_000
+    """number of bandits that are played at once, each with arms of its own"""
     arms: int = 10
-    """arms of each bandit"""
+    """number of arms of each bandit"""
     mean: float = 0.0
-    """mean of the arms' values q*(a)"""
+    """mean of the normal distribution of the arms' values q*(a); its standard deviation is 1"""
     epsilon: float = 0.1
-    """ε of line 3, how often an arm is drawn uniformly from all"""
-    alpha: float | None = None
-    """α, constant step size of lines 6, G4 and G5; line 6 has 1/N(A) if None"""
+    """probability of a uniformly random arm, ε of line 3"""
+    alpha: float = 0.0
+    """constant step size, α of lines 6, G4 and G5; 0 stands for the 1/N(A) of line 6"""
     q1: float = 0.0
-    """Q(a) of line 1"""
+    """initial value of every Q(a) in line 1"""
     c: float = 2.0
-    """c of line U3"""
-    baseline: bool = True
-    """whether the gradient bandit learns R̄; else R̄ = 0"""
-    plot: str = ""
-    """file for the book's figure, drawn after the run; none if empty"""
+    """weight of the exploration bonus, c of line U3"""
 
     seed: int = 1
-    """seeds the arms, the rewards and the choices"""
+    """seed of the arms, the rewards and the choices"""
     run_dir: str = ""
-    """folder of log, checkpoint and result; runs/<env>__<script>__<seed>__<time> if empty"""
-    eval_episodes: int = 2_000
-    """bandits, each with arms of its own, played at once"""
+    """folder of log, checkpoint and result; if empty, runs/<env>__<script>__<seed>__<time>"""
 
 
 class EpsilonGreedy:
     """Estimates Q and counts N of all bandits (bandits, arms), and the choices made from them (bandits,)."""
 
     def __init__(self, args: Args, rng: np.random.Generator):
-        self.args, self.rng, self.bandit = args, rng, np.arange(args.eval_episodes)
-        self.q = np.full((args.eval_episodes, args.arms), args.q1)  # line 1
-        self.n = np.zeros((args.eval_episodes, args.arms))
+        self.args, self.rng, self.bandit = args, rng, np.arange(args.bandits)
+        self.q = np.full((args.bandits, args.arms), args.q1)  # line 1
+        self.n = np.zeros((args.bandits, args.arms))
 
     def act(self, t: int):
         explore = self.rng.random(len(self.q)) < self.args.epsilon
@@ -114,8 +112,8 @@ class Gradient:
     """Preferences H of all bandits (bandits, arms) and their mean rewards R̄ (bandits,)."""
 
     def __init__(self, args: Args, rng: np.random.Generator):
-        self.args, self.rng, self.bandit = args, rng, np.arange(args.eval_episodes)
-        self.h, self.r_bar = np.zeros((args.eval_episodes, args.arms)), np.zeros(args.eval_episodes)  # line G1
+        self.args, self.rng, self.bandit = args, rng, np.arange(args.bandits)
+        self.h, self.r_bar = np.zeros((args.bandits, args.arms)), np.zeros(args.bandits)  # line G1
 
     def act(self, t: int):
         e = np.exp(self.h - self.h.max(axis=1, keepdims=True))
@@ -124,11 +122,10 @@ class Gradient:
         return (cumulated > self.rng.random((len(e), 1)) * cumulated[:, -1:]).argmax(axis=1)  # line G2
 
     def update(self, a, r, t: int):
-        if self.args.baseline:
-            self.r_bar += (r - self.r_bar) / t  # line G3
+        self.r_bar += (r - self.r_bar) / t  # line G3
         step = self.args.alpha * (r - self.r_bar)
-        self.h -= step[:, None] * self.pi  # line G5; of the arm pulled, too:
-        self.h[self.bandit, a] += step  # line G4, its 1
+        self.h -= step[:, None] * self.pi  # line G5, also for the arm that was pulled:
+        self.h[self.bandit, a] += step  # line G4 without its -π(A), which the line above has subtracted
 
 
 METHODS = {"epsilon_greedy": EpsilonGreedy, "ucb": UCB, "gradient": Gradient}
@@ -138,21 +135,19 @@ class Testbed:
     """The book's bandits: q*(a) ~ N(mean, 1) for each arm of each bandit, a pull pays N(q*(a), 1)."""
 
     def __init__(self, args: Args, rng: np.random.Generator):
-        self.rng, self.bandit = rng, np.arange(args.eval_episodes)
-        self.q_star = rng.normal(args.mean, 1, (args.eval_episodes, args.arms))
+        self.rng, self.bandit = rng, np.arange(args.bandits)
+        self.q_star = rng.normal(args.mean, 1, (args.bandits, args.arms))
         self.optimal = self.q_star.argmax(axis=1)
 
     def pull(self, a):
         return self.rng.normal(self.q_star[self.bandit, a], 1)
 
 
-def play(args: Args) -> tuple[np.ndarray, np.ndarray]:
+def play(agent, testbed: Testbed, pulls: int) -> tuple[np.ndarray, np.ndarray]:
     """Rewards, and whether the arm was the optimal one: both (pulls, bandits)."""
-    rng = np.random.default_rng(args.seed)
-    testbed, agent = Testbed(args, rng), METHODS[args.method](args, rng)
-    rewards = np.zeros((args.total_timesteps, args.eval_episodes))
+    rewards = np.zeros((pulls, len(testbed.q_star)))
     optimal = np.zeros(rewards.shape, bool)
-    for t in range(1, args.total_timesteps + 1):  # line 2
+    for t in range(1, pulls + 1):  # line 2
         a = agent.act(t)
         r = testbed.pull(a)  # line 4
         agent.update(a, r, t)
@@ -162,96 +157,78 @@ def play(args: Args) -> tuple[np.ndarray, np.ndarray]:
 
 def train(args: Args) -> dict:
     """Play all bandits, and return what <run_dir>/result.json holds."""
-    run = ShortRun("bandits", f"{args.arms}-armed", args)
-    require(args.total_timesteps >= 1 and args.arms >= 1, "total_timesteps and arms must be positive")
-    require(0 <= args.epsilon <= 1, "epsilon must lie in [0, 1]")
-    require(args.alpha is None or 0 < args.alpha, "alpha must be positive")
-    require(args.method != "gradient" or args.alpha is not None, "the gradient bandit needs --alpha; the book's is 0.1")
-    require(args.c >= 0, "c must not be negative")
-    run.start()
-    rewards, optimal = play(args)
-    for reward, share in zip(rewards.mean(axis=1), optimal.mean(axis=1)):
-        run.advance(args.eval_episodes)
-        run.log({"charts/reward": reward, "charts/optimal_arm": share})
-    if args.plot:
-        figure(args)
-    last = rewards[-math.ceil(args.total_timesteps / 10) :]
-    return run.finish(lambda film: last.mean(axis=0).tolist())
-
-
-def figure(args: Args):
-    """Figures 2.2-2.5: what each method earns, or how often it finds the optimal arm, over 1000 pulls."""
-    plt, book = pyplot(), Args(seed=args.seed)
-    gradient = replace(book, method="gradient", mean=4.0)
-    panels = {
-        "ε-greedy, sample averages": {f"ε = {x:g}": replace(book, epsilon=x) for x in (0.1, 0.01, 0.0)},
-        "Upper confidence bound": {"UCB, c = 2": replace(book, method="ucb"), "ε-greedy, ε = 0.1": book},
-        "Optimistic start, α = 0.1": {
-            "Q₁ = 5, ε = 0": replace(book, alpha=0.1, q1=5.0, epsilon=0.0),
-            "Q₁ = 0, ε = 0.1": replace(book, alpha=0.1),
-        },
-        "Gradient bandit, q*(a) ~ N(4, 1)": {
-            f"α = {alpha}, {'with' if baseline else 'no'} R̄": replace(gradient, alpha=alpha, baseline=baseline)
-            for baseline in (True, False)
-            for alpha in (0.1, 0.4)
-        },
-    }
-    _, axes = plt.subplots(2, 2, figsize=(12, 8), layout="constrained", sharex=True, sharey="row")
-    for i, (title, curves) in enumerate(panels.items()):
-        for label, settings in curves.items():
-            rewards, optimal = play(settings)
-            curve = rewards.mean(axis=1) if i < 2 else 100 * optimal.mean(axis=1)
-            axes.flat[i].plot(np.arange(1, 1001), curve, label=label, lw=1)
-        axes.flat[i].set(title=title, xlim=(0, 1000), ylim=(0, 1.6 if i < 2 else 100))
-        axes.flat[i].legend(frameon=False, loc="lower right", ncols=2 if i == 3 else 1)
-    axes[0, 0].set_ylabel("average reward"), axes[1, 0].set_ylabel("% optimal arm")
-    axes[1, 0].set_xlabel("pulls"), axes[1, 1].set_xlabel("pulls")
-    plt.savefig(args.plot, dpi=130)
+    check(args, bandits=(1, math.inf), arms=(1, math.inf), mean=(-math.inf, math.inf), q1=(-math.inf, math.inf))
+    check(args, epsilon=(0, 1), alpha=(0, math.inf), c=(0, math.inf))
+    require(args.method != "gradient" or args.alpha > 0, "the gradient bandit needs --alpha; the book's is 0.1")
+    rng = np.random.default_rng(args.seed)
+    testbed, agent = Testbed(args, rng), METHODS[args.method](args, rng)
+    with ShortRun(args, world=f"{args.arms}-armed") as run:
+        rewards, optimal = play(agent, testbed, args.total_timesteps)
+        for reward, share in zip(rewards.mean(axis=1), optimal.mean(axis=1)):
+            run.advance(args.bandits)
+            run.log({"charts/reward": reward, "charts/optimal_arm": share})
+        tenth = math.ceil(args.total_timesteps / 10)
+        share = 100 * optimal[-tenth:].mean()
+        print(f"optimal arm: {share:.0f} % of the last {tenth} pulls of each bandit")
+        return run.finish(lambda film: rewards[-tenth:].mean(axis=0).tolist())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Plumbing: the same, to the letter, in every script that has it
-# ----------------------------------------------------------------------------------------------------------------------
+# Plumbing: the same in every script that has it
 
 
 def require(condition: bool, message: str):
-    """Leave with one line and exit code 2 unless the condition holds."""
+    """Exit with code 2 and one line unless the condition holds."""
     if not condition:
         print("error:", *message.split(), file=sys.stderr)
         raise SystemExit(2)
 
 
-def pyplot():
-    """matplotlib's pyplot, imported only when a figure is asked for, drawing into files."""
-    try:
-        from matplotlib import pyplot
-    except ImportError:
-        require(False, "a figure needs matplotlib: pip install matplotlib")
-    pyplot.switch_backend("agg")
-    return pyplot
+def check(args, **ranges: tuple[float, float]):
+    """Exit with code 2 and one line unless the settings are finite and lie in these closed ranges."""
+    ranges |= dict(total_timesteps=(1, math.inf), eval_episodes=(1, math.inf), num_threads=(1, os.cpu_count()))
+    ranges |= dict(eval_every=(0, math.inf), checkpoint_every=(0, math.inf), seed=(0, 2**32 - 1))
+    for name, (low, high) in ranges.items():
+        for value in np.ravel(getattr(args, name, [])):
+            fits = low <= value <= high and math.isfinite(value)
+            require(fits, f"--{name.replace('_', '-')} must lie in [{low}, {high}], it is {value}")
 
 
 class ShortRun:
-    """A run of seconds, without checkpoint: its folder with settings, TensorBoard log and result, as `Run` has them."""
+    """A run of seconds, without checkpoints: its folder (settings, TensorBoard log, result) and its clock."""
 
-    def __init__(self, script: str, world: str, args):
-        require(args.eval_episodes >= 1, "eval_episodes must be positive")
-        require(args.seed >= 0, "seed must not be negative")
-        name = f"{world.replace('/', '-')}__{script}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-        self.script, self.args, self.folder = script, args, Path(args.run_dir or f"runs/{name}")
-
-    def start(self):
-        """Open the folder."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.writer, self.step, self.seconds = SummaryWriter(self.folder), 0, 0.0
+    def __init__(self, args, world: str):
+        name = f"{world.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        self.folder = Path(args.run_dir or f"runs/{name}").absolute()  # an environment may change the working folder
+        self.args, self.step, self.seconds = args, 0, 0.0
+        free = not (self.folder / "args.json").exists()
+        require(free, f"{self.folder} holds a run: choose another --run-dir")
+        try:
+            self.writer = SummaryWriter(self.folder, purge_step=0)  # hides what a run that was killed here has logged
+        except OSError as error:
+            require(False, f"cannot write {self.folder}: {error!r:.200}")
         self.began = time.perf_counter()
+
+    def __enter__(self):
+        return self
+
+    def write(self, name: str, content: dict):
+        """Write a JSON file aside, then put it in place: a crash leaves no half of it."""
+        aside = self.folder / f"{name}.tmp"
+        try:
+            aside.write_text(json.dumps(content, indent=1))
+            os.replace(aside, self.folder / name)
+        except OSError as error:  # a full disk
+            with contextlib.suppress(OSError):
+                aside.unlink()
+            require(False, f"cannot write {self.folder / name}: {error!r:.200}")
 
     def advance(self, count: int = 1):
         """`count` more steps are done."""
         self.step, self.seconds = self.step + count, time.perf_counter() - self.began
 
     def log(self, scalars: dict):
-        """Scalars of the present step."""
+        """Scalars of the present step, for TensorBoard."""
         for tag, value in scalars.items():
             self.writer.add_scalar(tag, float(value), self.step)
 
@@ -260,15 +237,32 @@ class ShortRun:
         returns = evaluation(self.folder / "videos" if getattr(self.args, "capture_video", False) else None)
         mean, std, speed = float(np.mean(returns)), float(np.std(returns)), self.step / self.seconds
         self.log({"eval/return": mean, "charts/steps_per_second": speed})
-        self.writer.close()
-        result = {"script": self.script, "args": asdict(self.args), "return": mean, "std": std, "returns": returns}
-        result |= {"steps": self.step, "seconds": self.seconds, "steps_per_second": speed}
-        (self.folder / "args.json").write_text(json.dumps({"script": self.script, **asdict(self.args)}, indent=1))
-        (self.folder / "result.json").write_text(json.dumps(result, indent=1))
+        result = {"script": Path(__file__).stem, "args": asdict(self.args), "return": mean, "std": std}
+        result |= {"returns": returns, "steps": self.step, "seconds": self.seconds, "steps_per_second": speed}
+        self.write("args.json", {"script": Path(__file__).stem, **asdict(self.args)})
+        self.write("result.json", result)
         print(f"final: return {mean:.2f} ± {std:.2f} over {len(returns)} episodes", end=" | ")
         print(f"{self.step} steps | {self.seconds:.1f} s | {speed:.0f} steps/s")
         return result
 
+    def __exit__(self, kind, error, trace):
+        self.writer.close()
+        if isinstance(error, KeyboardInterrupt):
+            print(f"\nstopped at step {self.step}; nothing is saved", file=sys.stderr)
+            raise SystemExit(130)
+
+
+def main_without_resume():
+    """Run with the settings of the command line."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal without UTF-8
+    args = tyro.cli(Args, description=__doc__.replace("\n", "\n "))  # tyro keeps the line breaks before indented lines
+    try:
+        train(args)
+    except (MemoryError, RuntimeError) as error:
+        require("memory" not in f"{error!r}".lower(), f"not enough memory: {error}")
+        raise
+
 
 if __name__ == "__main__":
-    train(tyro.cli(Args))
+    main_without_resume()

@@ -1,13 +1,13 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["gymnasium", "matplotlib", "numpy", "tensorboard", "torch", "tqdm", "tyro"]
+# dependencies = ["gymnasium", "moviepy", "numpy", "tensorboard", "torch", "tqdm", "tyro"]
 # ///
 """Monte Carlo control: on-policy first-visit, and off-policy by weighted importance sampling.
 
 Paper   Sutton & Barto, 2018, sections 5.4 and 5.7. http://incompleteideas.net/book/the-book-2nd.html
 Notes   "Monte Carlo Methods", example 1: the lines of pics/rl_5.png, numbered; example 2: pics/rl_6.png, W1-W12
-Run     python algos/monte_carlo.py --plot blackjack.png
-        python algos/monte_carlo.py --method off_policy --epsilon 1
+Run     python algos/monte_carlo.py --eval-episodes 100000
+        python algos/monte_carlo.py --method off_policy --epsilon 1 --eval-episodes 100000
 
      1  Q(s, a) arbitrary, Returns(s, a) ← empty list, for all s, a;  π ← an arbitrary ε-soft policy
      2  repeat forever:
@@ -34,17 +34,23 @@ Run     python algos/monte_carlo.py --plot blackjack.png
     W11         if A_t ≠ π(S_t): leave the loop
     W12         W ← W / b(A_t|S_t)
 
-Beyond the pseudo-code: counts and running means stand for the lists of line 6; b is the ε-soft policy around π, uniform
-if ε = 1. There is no bootstrap: the return of an episode that a time limit cuts lacks what would have followed. π of
-line 10 converges to the best ε-soft policy, whose return is charts/episodic_return; eval/return is the greedy one's.
+Beyond the pseudo-code: counts and running means stand for the lists of line 6; b is the ε-soft policy around π, the
+uniformly random one if ε = 1. There is no bootstrap: the return of an episode that a time limit cuts lacks the rewards
+that would have followed. π of line 10 converges to the best ε-soft policy, whose return is charts/episodic_return;
+eval/return is that of the greedy policy.
 
-Result  return -0.0447 ± 0.95 over 100000 episodes on-policy, -0.0425 ± 0.95 off-policy (optimum -0.0431), 50 s each:
-        the commands above with --eval-episodes 100000
+Result  on-policy, first command: return -0.0447 ± 0.95 over 100000 episodes; off-policy, second command: -0.0425 ±
+        0.95; the optimum is -0.0431. Figure 5.2: benchmark/figures/blackjack.png
 """
 
+import contextlib
+import copy
+import importlib
 import json
 import math
 import os
+import random
+import signal
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -66,45 +72,42 @@ class Args:
     env_kwargs: str = "{}"
     """arguments of the environment, as JSON"""
     method: Literal["on_policy", "off_policy"] = "on_policy"
-    """example 1 or example 2 of the notes"""
+    """on_policy: lines 1-10; off_policy: lines W1-W12"""
     total_timesteps: int = 750_000
     """environment steps; about 500 000 games of Blackjack"""
     gamma: float = 1.0
-    """γ, discount"""
+    """discount factor, γ of lines 5 and W7"""
     epsilon: float = 0.1
-    """ε, how often an action is drawn uniformly from all: by π on-policy, by b off-policy"""
-    plot: str = ""
-    """file for the book's figure, drawn after the run; none if empty"""
+    """probability of a uniformly random action, ε of line 10, in π on-policy and in b off-policy"""
 
     seed: int = 1
-    """seeds the exploration and the environment"""
+    """seed of the exploration and the environment"""
     run_dir: str = ""
-    """folder of log, checkpoint and result; runs/<env>__<script>__<seed>__<time> if empty"""
+    """folder of log, checkpoint and result; if empty, runs/<env>__<script>__<seed>__<time>"""
     eval_every: int = 150_000
-    """steps between evaluations, 0 for the last one only"""
+    """environment steps between evaluations; 0 evaluates at the end only"""
     eval_episodes: int = 10_000
     """episodes of the greedy policy in an evaluation"""
     checkpoint_every: int = 100_000
-    """steps between checkpoints, 0 for the last one only"""
+    """environment steps between checkpoints; 0 saves at the end only"""
     resume: str = ""
-    """folder of a run to continue, with that run's settings"""
+    """folder of a run to continue with that run's settings"""
     capture_video: bool = False
     """film the first episode of the last evaluation"""
 
 
 class MonteCarlo:
-    """The table Q (states, actions), what its means weigh, and the ε-soft policy that acts."""
+    """The table Q (states, actions), the weights C behind its means, and the ε-soft policy that acts."""
 
     def __init__(self, num_states: int, num_actions: int, args: Args):
         self.args, self.num_actions = args, num_actions
         self.rng = np.random.default_rng(args.seed)
-        self.q, self.c = np.zeros((2, num_states, num_actions))  # lines 1, W1; C counts where no weights are
+        self.q, self.c = np.zeros((2, num_states, num_actions))  # lines 1, W1; on-policy C counts the returns
         self.soft = np.full((num_states, num_actions), 1 / num_actions)
 
-    def act(self, s: int) -> tuple[int, float]:
-        """An action drawn from the ε-soft policy, and its probability."""
-        a = int((self.rng.random() < self.soft[s].cumsum()).argmax())
-        return a, float(self.soft[s, a])
+    def act(self, s: int, explore: bool = True) -> int:
+        """An action of the ε-soft policy, π of line 3 or b of line W4; without exploration the greedy one."""
+        return int((self.rng.random() < self.soft[s].cumsum()).argmax() if explore else self.q[s].argmax())
 
     def soften(self, s: int, best: int):
         self.soft[s] = self.args.epsilon / self.num_actions
@@ -125,7 +128,7 @@ class OnPolicy(MonteCarlo):
         G, returns = 0.0, {}
         for s, a, _, r in reversed(episode):
             G = self.args.gamma * G + r
-            returns[s, a] = G  # line 5, for what follows a later occurrence is overwritten
+            returns[s, a] = G  # line 5: an earlier occurrence overwrites a later one
         for (s, a), G in returns.items():  # line 4
             self.c[s, a] += 1  # line 6
             self.q[s, a] += (G - self.q[s, a]) / self.c[s, a]  # line 7
@@ -143,7 +146,7 @@ class OffPolicy(MonteCarlo):
             self.c[s, a] += W  # line W8
             self.q[s, a] += W / self.c[s, a] * (G - self.q[s, a])  # line W9
             pi = int(self.q[s].argmax())  # line W10, the first of the best
-            self.soften(s, pi)  # line W3, of later episodes
+            self.soften(s, pi)  # line W3, for later episodes
             if a != pi:  # line W11
                 break
             W /= b  # line W12
@@ -154,172 +157,231 @@ METHODS = {"on_policy": OnPolicy, "off_policy": OffPolicy}
 
 def train(args: Args) -> dict:
     """Train, evaluate, and return what <run_dir>/result.json holds."""
-    run = Run("monte_carlo", args)
-    args = run.args
-    require(0 <= args.gamma <= 1 and 0 <= args.epsilon <= 1, "gamma and epsilon must lie in [0, 1]")
-    require(args.epsilon > 0 or args.method == "on_policy", "off-policy, b must be soft: epsilon must be positive")
-    env = make_env(args.env_id, args.env_kwargs)
-    obs_space, action_space = env.observation_space, env.action_space
-    parts = obs_space.spaces if isinstance(obs_space, gym.spaces.Tuple) else (obs_space,)
-    require(
-        all(isinstance(space, gym.spaces.Discrete) for space in (*parts, action_space)),
-        f"monte_carlo needs Discrete observations, or a Tuple of them, and Discrete actions (for others: reinforce, "
-        f"dqn, td3); {args.env_id} has {obs_space} and {action_space}",
-    )
-    sizes = [int(space.n) for space in parts]
-    require(not args.plot or sizes == [32, 11, 2], "the book's figure is of Blackjack-v1, no plot for others")
-    agent = METHODS[args.method](math.prod(sizes), action_space.n, args)
-
-    def state(obs) -> int:
-        return int(np.ravel_multi_index(obs if len(parts) > 1 else (obs,), sizes))
-
-    def greedy(obs) -> int:
-        return int(agent.q[state(obs)].argmax())
+    check(args, gamma=(0, 1), epsilon=(0, 1))
+    require(args.epsilon > 0 or args.method == "on_policy", "b of line W3 must be soft: --epsilon must not be 0")
+    env = NumberedStates(make_env(args))
+    require_spaces(env, obs="Discrete", action="Discrete")
+    set_up_torch(args)
+    agent = METHODS[args.method](env.observation_space.n, env.action_space.n, args)
 
     def evaluation(film: Path | None = None) -> list[float]:
-        return evaluate(greedy, make_env(args.env_id, args.env_kwargs, film), args.eval_episodes, max_steps=1_000)
+        return evaluate(agent.act, NumberedStates(make_env(args, film)), args.eval_episodes, max_steps=1_000)
 
-    run.start(args.total_timesteps, agent=agent)
-    obs, _ = env.reset(seed=args.seed + run.step)
-    s, episode = state(obs), []
-    while run.step < args.total_timesteps:  # lines 2, W2
-        a, b = agent.act(s)  # lines 3, W4
-        obs, r, terminated, truncated, info = env.step(a)
-        run.advance()
-        episode.append((s, a, b, float(r)))
-        if terminated or truncated:
-            agent.learn(episode)  # lines 4-10, W5-W12
-            run.log_episode(info["episode"])
-            obs, _ = env.reset()
-            episode = []
-        s = state(obs)
-        run.evaluate_and_save(evaluation)
-    if args.plot:
-        figure(args, agent.q)
-    return run.finish(evaluation)
-
-
-def figure(args: Args, q: np.ndarray):
-    """Figure 5.2: what the greedy policy does, and what it expects to win, with and without a usable ace."""
-    plt, q = pyplot(), q.reshape(32, 11, 2, 2)[12:22, 1:]  # sums 12 … 21; the dealer shows ace, 2, …, 10
-    dealer, player = np.meshgrid(np.arange(1, 11), np.arange(12, 22))
-    picture = plt.figure(figsize=(10, 8), layout="constrained")
-    for i, (ace, name) in enumerate(((1, "usable ace"), (0, "no usable ace"))):
-        policy = picture.add_subplot(2, 2, 2 * i + 1, xticks=range(1, 11), yticks=range(12, 22))
-        policy.pcolormesh(dealer, player, q[:, :, ace].argmax(axis=-1), cmap="Blues", edgecolor="white", vmax=2)
-        value = picture.add_subplot(2, 2, 2 * i + 2, projection="3d", zlim=(-1, 1))
-        value.plot_surface(dealer, player, q[:, :, ace].max(axis=-1), cmap="viridis")
-        policy.set(title=f"{name}: hit (blue) or stick", xlabel="dealer shows", ylabel="player's sum")
-        value.set(title=f"{name}: value", xlabel="dealer shows", ylabel="player's sum")
-    plt.savefig(args.plot, dpi=110)
+    with Run(args, agent=agent) as run:
+        s, _ = env.reset(seed=args.seed + run.step)
+        episode = []
+        while run.step < args.total_timesteps:  # lines 2, W2
+            a = agent.act(s)  # lines 3, W4
+            s2, r, terminated, truncated, info = env.step(a)
+            run.advance()
+            episode.append((s, a, float(agent.soft[s, a]), r))
+            s = s2
+            if terminated or truncated:
+                agent.learn(episode)  # lines 4-10, W5-W12
+                run.log_episode(info["episode"])
+                s, _ = env.reset()
+                episode = []
+            run.evaluate_and_save(evaluation)
+        return run.finish(evaluation)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Plumbing: the same, to the letter, in every script that has it
-# ----------------------------------------------------------------------------------------------------------------------
+# Plumbing: the same in every script that has it
 
 
 def require(condition: bool, message: str):
-    """Leave with one line and exit code 2 unless the condition holds."""
+    """Exit with code 2 and one line unless the condition holds."""
     if not condition:
         print("error:", *message.split(), file=sys.stderr)
         raise SystemExit(2)
 
 
-def make_env(env_id: str, env_kwargs: str, film: Path | None = None) -> gym.Env:
-    """The environment, its episodes counted; with `film`, the first of them recorded into that folder."""
-    if film and sys.platform == "linux" and "DISPLAY" not in os.environ:
+def check(args, **ranges: tuple[float, float]):
+    """Exit with code 2 and one line unless the settings are finite and lie in these closed ranges."""
+    ranges |= dict(total_timesteps=(1, math.inf), eval_episodes=(1, math.inf), num_threads=(1, os.cpu_count()))
+    ranges |= dict(eval_every=(0, math.inf), checkpoint_every=(0, math.inf), seed=(0, 2**32 - 1))
+    for name, (low, high) in ranges.items():
+        for value in np.ravel(getattr(args, name, [])):
+            fits = low <= value <= high and math.isfinite(value)
+            require(fits, f"--{name.replace('_', '-')} must lie in [{low}, {high}], it is {value}")
+
+
+def set_up_torch(args) -> torch.device:
+    """Seed every random generator, set the number of threads, and return the device."""
+    device, gpu = getattr(args, "device", "cpu"), torch.cuda.is_available()
+    fits = device in ("auto", "cpu") or (device == "cuda" and gpu)
+    require(fits, f"--device must be auto, cpu or, with a GPU, cuda, it is {device}")
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(getattr(args, "num_threads", 1))
+    return torch.device("cuda" if gpu and device != "cpu" else "cpu")
+
+
+class Episodes(gym.Wrapper):
+    """Counts episodes' returns and lengths, copies observations, and refuses numbers that are not finite."""
+
+    def reset(self, **kwargs):
+        obs, info = self.env.reset(**kwargs)
+        self.episode = {"r": 0.0, "l": 0}
+        return copy.copy(obs), info
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        reward = float(np.asarray(reward).item())  # which may have the shape (1,)
+        if not (math.isfinite(reward) and np.isfinite(obs).all()):
+            raise FloatingPointError(f"{self.spec.id} gave the observation {obs} and the reward {reward}")
+        self.episode = {"r": self.episode["r"] + reward, "l": self.episode["l"] + 1}
+        if terminated or truncated:
+            info = info | {"episode": self.episode}
+        return copy.copy(obs), reward, bool(terminated), bool(truncated), info
+
+
+def make_env(args, film: Path | None = None) -> gym.Env:
+    """The environment of the settings; with `film`, its first episode is recorded in that folder."""
+    if args.capture_video and sys.platform == "linux" and "DISPLAY" not in os.environ:
         os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo draws without a display
     gym.logger.min_level = gym.logger.ERROR  # no word about newer versions of the environment at each evaluation
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # where `my_module:MyEnv-v0` may be
     try:
-        env = gym.make(env_id, render_mode="rgb_array" if film else None, **json.loads(env_kwargs))
+        kwargs = json.loads(args.env_kwargs) | ({"render_mode": "rgb_array"} if args.capture_video else {})
+        env = gym.make(args.env_id, **kwargs)
+        if args.capture_video:  # what a film lacks is found before training
+            importlib.import_module("moviepy")
+            env.reset(seed=args.seed)
+            env.render()
         if film:
             env = gym.wrappers.RecordVideo(env, str(film), episode_trigger=lambda episode: episode == 0)
-    except (gym.error.Error, ImportError, RuntimeError, TypeError, ValueError) as error:
-        require(False, f"cannot make {env_id}: {error}")
-    return gym.wrappers.RecordEpisodeStatistics(env)
+    except Exception as error:  # whatever an environment raises, its user reads one line
+        problem = str(error) or type(error).__name__
+        require(False, f"cannot make {args.env_id} with --env-kwargs {args.env_kwargs}: {problem}")
+    return Episodes(env)
+
+
+def require_spaces(env: gym.Env, obs: str, action: str):
+    """Exit with code 2 and one line unless the spaces are of these kinds, such as "Discrete or vector": see kind_of."""
+    scripts = {"Discrete Discrete": "q_learning, sarsa", "vector Discrete": "dqn, ppo", "vector vector": "td3, ppo"}
+    scripts |= {"vector MultiDiscrete": "ppo", "image Discrete": "dqn_atari, ppo_atari"}
+    kinds = [kind_of(space) for space in (env.observation_space, env.action_space)]
+    for kind, needed in zip(kinds, (obs, action)):
+        problem = f"{Path(__file__).stem} needs {obs} observations and {action} actions; {env.spec.id} has "
+        problem += f"{env.observation_space} and {env.action_space}; try "
+        problem += scripts.get(" ".join(kind.removeprefix("bounded ") for kind in kinds), "another environment")
+        require({kind, kind.removeprefix("bounded ")} & set(needed.split(" or ")), problem)
+
+
+def kind_of(space: gym.Space) -> str:
+    """Discrete, MultiDiscrete (from 0 on), vector, bounded vector (Boxes of one axis), image (of bytes) or other."""
+    if isinstance(space, gym.spaces.Box):
+        image = len(space.shape) == 3 and space.dtype in (np.uint8, bool)
+        vector = "bounded vector" if space.is_bounded() else "vector"
+        return vector if len(space.shape) == 1 else "image" if image else "other"
+    discrete = isinstance(space, (gym.spaces.Discrete, gym.spaces.MultiDiscrete)) and not np.any(space.start)
+    return type(space).__name__ if discrete else "other"
+
+
+class NumberedStates(gym.ObservationWrapper):
+    """A Tuple of Discrete observations, such as Blackjack's, as one Discrete observation; others stay as they are."""
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        parts = env.observation_space if isinstance(env.observation_space, gym.spaces.Tuple) else ()
+        self.sizes = [int(part.n) for part in parts if kind_of(part) == "Discrete"]
+        if parts and len(self.sizes) == len(parts):
+            self.observation_space = gym.spaces.Discrete(math.prod(self.sizes))
+
+    def observation(self, observation):
+        return int(np.ravel_multi_index(observation, self.sizes)) if self.sizes else observation
 
 
 def evaluate(act, env: gym.Env, episodes: int, max_steps: int = 27_000) -> list[float]:
-    """Undiscounted returns of `act` (observation -> action) in `env`, always from the same seeds; closes `env`."""
+    """Undiscounted returns of `act` without exploration in `env`, always from the same seeds; closes `env`."""
     returns = []
     for episode in range(episodes):
         obs, _ = env.reset(seed=10_000 + episode)
         returns.append(0.0)
         for _ in range(max_steps):  # where no time limit ends an episode, a greedy policy may walk in circles
-            obs, reward, terminated, truncated, _ = env.step(act(obs))
-            returns[-1] += float(reward)
+            obs, reward, terminated, truncated, _ = env.step(act(obs, explore=False))
+            returns[-1] += reward
             if terminated or truncated:
                 break
-    env.close()
+    with contextlib.suppress(Exception):  # an environment that cannot be closed has been evaluated all the same
+        env.close()
     return returns
 
 
-def pyplot():
-    """matplotlib's pyplot, imported only when a figure is asked for, drawing into files."""
-    try:
-        from matplotlib import pyplot
-    except ImportError:
-        require(False, "a figure needs matplotlib: pip install matplotlib")
-    pyplot.switch_backend("agg")
-    return pyplot
-
-
 class Run:
-    """A run's folder and what goes there: settings, TensorBoard log, checkpoint, result; and its progress bar."""
+    """A run's folder (settings, TensorBoard log, checkpoint, result), its clock and its progress bar.
 
-    def __init__(self, script: str, args):
-        require(min(args.total_timesteps, args.eval_episodes) >= 1, "total_timesteps, eval_episodes must be positive")
-        require(min(args.eval_every, args.checkpoint_every) >= 0, "eval_every, checkpoint_every must not be negative")
-        require(0 <= args.seed < 2**32, "seed must lie in [0, 2**32)")
-        if args.resume:
-            settings = Path(args.resume) / "args.json"
-            saved = json.loads(settings.read_text()) if settings.is_file() else {}
-            given, default = asdict(args) | {"run_dir": args.resume}, asdict(type(args)())
-            mine = saved.pop("script", "") == script and saved.keys() == given.keys()
-            require(mine, f"{args.resume} is not the folder of a run of this {script}")
-            saved |= {"run_dir": args.resume, "resume": args.resume}
-            typed = {word.split("=")[0].strip("-").replace("-", "_") for word in sys.argv[1:]}
-            other = [k for k in given if given[k] != saved[k] and (given[k] != default[k] or k in typed)]
-            require(not other, f"{args.resume} has other settings: " + ", ".join(f"{k} {saved[k]}" for k in other))
-            args = type(args)(**saved)
-        name = f"{args.env_id.replace('/', '-')}__{script}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-        self.script, self.args, self.folder = script, args, Path(args.run_dir or f"runs/{name}")
+    `with Run(args, **parts)` opens the folder or, to resume, loads its checkpoint into the parts, each with a
+    state_dict. Ctrl-C and SIGTERM end the run at the end of a step, with a checkpoint. A full disk and numbers that are
+    not finite end it with one line; the last checkpoint then stays as it is.
+    """
 
-    def start(self, last: int, **parts):
-        """Open the folder; load the checkpoint of the run to resume, if there is one. The run ends at step `last`."""
-        self.last, self.parts, self.step, self.seconds = last, parts, 0, 0.0
-        self.sums, self.next_line, self.status = {}, 30.0, "no episode yet"
-        checkpoint = self.folder / "checkpoint.pt"
-        if not self.args.resume:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for old in (checkpoint, self.folder / "result.json"):
-                old.unlink(missing_ok=True)
-            (self.folder / "args.json").write_text(json.dumps({"script": self.script, **asdict(self.args)}, indent=1))
-        elif checkpoint.exists():
-            state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=os.name == "posix")
+    def __init__(self, args, **parts):
+        name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        self.folder = Path(args.run_dir or f"runs/{name}").absolute()  # an environment may change the working folder
+        self.args, self.parts, self.step, self.seconds, self.saved, self.flushed = args, parts, 0, 0.0, -1, 0
+        self.sums, self.next_line, self.status, self.signal = {}, 30.0, "no episode yet", 0
+        free = args.resume or not (self.folder / "args.json").exists()
+        require(free, f"{self.folder} holds a run: --resume it, or choose another --run-dir")
+        if args.resume and (self.folder / "checkpoint.pt").exists():
+            self.load(self.folder / "checkpoint.pt")
+        settings = json.dumps({"script": Path(__file__).stem, **asdict(args)}, indent=1)
+        self.write("args.json", lambda path: path.write_text(settings))
+        self.writer = SummaryWriter(self.folder, purge_step=self.step + (self.step < args.total_timesteps))
+        self.bar = tqdm(initial=self.step, total=args.total_timesteps, unit="step", disable=None)
+        self.began = time.perf_counter() - self.seconds
+
+    def __enter__(self):
+        with contextlib.suppress(ValueError):  # only the main thread receives signals
+            signal.signal(signal.SIGINT, self.interrupt)
+            signal.signal(signal.SIGTERM, self.interrupt)
+        return self
+
+    def interrupt(self, number: int, frame):
+        """The run ends with this step, or after this evaluation; the same signal again ends it at once."""
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def load(self, path: Path):
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=os.name == "posix")
             self.step, self.seconds, (cpu, *gpus) = state["step"], state["seconds"], state["rng"]
             torch.set_rng_state(cpu)
             torch.cuda.set_rng_state_all(gpus[: torch.cuda.device_count()])
-            for name, part in parts.items():
+            for name, part in self.parts.items():
                 part.load_state_dict(state[name])
-        self.writer = SummaryWriter(self.folder, purge_step=self.step + 1)
-        self.bar = tqdm(initial=self.step, total=last, unit="step", disable=None)
-        self.began = time.perf_counter() - self.seconds
+        except Exception as error:  # cut off, empty, of other settings
+            require(False, f"{path} is not a checkpoint of this run: {error!r:.200}")
+        self.saved = self.flushed = self.step
+
+    def write(self, name: str, save):
+        """Let save(path) write a file aside, then put it in place: a crash leaves the old file or the new one."""
+        aside = self.folder / f"{name}.tmp"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save(aside)
+            os.replace(aside, self.folder / name)
+        except (OSError, RuntimeError) as error:  # no permission, a full disk
+            with contextlib.suppress(OSError):
+                aside.unlink()
+            require(False, f"cannot write {self.folder / name}; what was saved before stays: {error!r:.200}")
 
     def advance(self, count: int = 1):
         """`count` more environment steps are done."""
         self.step, self.stride, self.seconds = self.step + count, count, time.perf_counter() - self.began
         self.bar.update(count)
-        if self.due(max(self.last // 500, 1)):
+        if self.due(max(self.args.total_timesteps // 500, 1)):
             self.flush()
         if self.bar.disable and self.seconds > self.next_line:  # no terminal: a line now and then
-            self.next_line = self.seconds + 30
-            print(f"{self.step}/{self.last} steps | {self.status} | {self.step / self.seconds:.0f} steps/s", flush=True)
+            self.next_line, speed = self.seconds + 30, self.step / self.seconds
+            print(f"{self.step}/{self.args.total_timesteps} steps | {self.status} | {speed:.0f} steps/s", flush=True)
 
     def due(self, every: int) -> bool:
         """Did the latest steps complete a multiple of `every`? Not at the end: `finish` evaluates and saves anyway."""
-        return every > 0 and self.step % every < self.stride and self.step < self.last
+        return every > 0 and self.step % every < self.stride and self.step < self.args.total_timesteps
 
     def log(self, scalars: dict):
         """Collect scalars; five hundred times a run their means since the last time go to TensorBoard."""
@@ -334,46 +396,108 @@ class Run:
         self.bar.set_description_str(self.status, refresh=False)
 
     def flush(self):
-        """Write what `log` collected. A loss that is not finite ends the run: the last checkpoint is still good."""
-        for tag, (total, count) in self.sums.items():
-            mean = float(total) / count
-            good = math.isfinite(mean) or not tag.startswith("losses/")
-            require(good, f"{tag} is {mean} at step {self.step}; the last good checkpoint, if any, is in {self.folder}")
-            self.writer.add_scalar(tag, mean, self.step)
-        self.writer.add_scalar("charts/steps_per_second", self.step / self.seconds, self.step)
-        self.sums = {}
+        """Write what `log` collected, at most once a step. A loss that is not finite ends the run."""
+        if self.step > self.flushed:
+            self.log({"charts/steps_per_second": self.step / self.seconds})
+            for tag, (total, count) in self.sums.items():
+                mean = float(total) / count
+                if tag.startswith("losses/") and not math.isfinite(mean):
+                    raise FloatingPointError(f"{tag} is {mean}")
+                self.writer.add_scalar(tag, mean, self.step)
+            self.sums, self.flushed = {}, self.step
 
     def save(self):
-        """Write the checkpoint aside, then put it in place: a kill leaves the old one or the new one, never a half."""
+        """Write the checkpoint, unless one of its numbers is not finite."""
         self.flush()
         self.writer.flush()
-        rng = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
-        states = {name: part.state_dict() for name, part in self.parts.items()}
-        torch.save({"step": self.step, "seconds": self.seconds, "rng": rng, **states}, self.folder / "checkpoint.tmp")
-        os.replace(self.folder / "checkpoint.tmp", self.folder / "checkpoint.pt")
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        if not is_finite(state):
+            raise FloatingPointError("a number in the checkpoint is not finite")
+        state |= {"step": self.step, "seconds": self.seconds}
+        state["rng"] = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+        self.write("checkpoint.pt", lambda path: torch.save(state, path))
+        self.saved = self.step
 
     def evaluate_and_save(self, evaluation):
-        """Each when it is due; `evaluation` returns the returns of its episodes."""
+        """Each when it is due; `evaluation` returns the returns of its episodes. Ends the run after a signal."""
         if self.due(self.args.eval_every):
             self.writer.add_scalar("eval/return", np.mean(evaluation()), self.step)
-        if self.due(self.args.checkpoint_every):
+        if self.due(self.args.checkpoint_every) or self.signal:
             self.save()
+        if self.signal:
+            print(f"\nstopped at step {self.step}; continue with --resume {self.folder}", file=sys.stderr)
+            raise SystemExit(128 + self.signal)
 
     def finish(self, evaluation) -> dict:
         """Save, evaluate once more (and film it, if asked), write result.json, print the final line."""
-        self.save()
+        if self.step > self.saved:
+            self.save()
         self.bar.close()
         returns = evaluation(self.folder / "videos" if self.args.capture_video else None)
         mean, std, speed = float(np.mean(returns)), float(np.std(returns)), self.step / self.seconds
         self.writer.add_scalar("eval/return", mean, self.step)
-        self.writer.close()
-        result = {"script": self.script, "args": asdict(self.args), "return": mean, "std": std, "returns": returns}
-        result |= {"steps": self.step, "seconds": self.seconds, "steps_per_second": speed}
-        (self.folder / "result.json").write_text(json.dumps(result, indent=1))
+        result = {"script": Path(__file__).stem, "args": asdict(self.args), "return": mean, "std": std}
+        result |= {"returns": returns, "steps": self.step, "seconds": self.seconds, "steps_per_second": speed}
+        self.write("result.json", lambda path: path.write_text(json.dumps(result, indent=1)))
         print(f"final: return {mean:.2f} ± {std:.2f} over {len(returns)} episodes", end=" | ")
         print(f"{self.step} steps | {self.seconds:.1f} s | {speed:.0f} steps/s")
         return result
 
+    def __exit__(self, kind, error, trace):
+        """Say in one line why the loop ended early; below it, an error of the environment keeps its traceback."""
+        with contextlib.suppress(ValueError):
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self.bar.close()
+        self.writer.close()
+        if isinstance(error, Exception):
+            ending = f"at step {self.step}; the last good checkpoint, if any, is in {self.folder}"
+            broken = [f"{name} is not finite" for name, part in self.parts.items() if not is_finite(part.state_dict())]
+            problems = broken + [str(error)] * isinstance(error, FloatingPointError)
+            require(not problems, f"{', '.join(problems)} {ending}")
+            print(f"{type(error).__name__} {ending}", file=sys.stderr)
+
+
+def is_finite(state) -> bool:
+    """Are all numbers of a state_dict finite?"""
+    if isinstance(state, torch.Tensor):
+        return bool(state.isfinite().all())
+    inner = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
+    return all(map(is_finite, inner))
+
+
+def saved_args(folder: str) -> Args:
+    """The settings of the run in this folder, to resume it; exits with code 2 and one line if it holds no such run."""
+    path, script, default = Path(folder) / "args.json", Path(__file__).stem, asdict(Args())
+    try:
+        saved = json.loads(path.read_text())
+        fits = saved.pop("script") == script and saved.keys() == default.keys()
+        fits = fits and all(isinstance(saved[name], (type(default[name]), int)) for name in default)
+    except Exception:  # no such file, no JSON, not what a run writes
+        fits = False
+    require(fits, f"{path} does not hold the settings of a run of {script}")
+    return Args(**saved | {"run_dir": folder, "resume": folder})
+
+
+def main():
+    """Train with the settings of the command line; beside --resume, with those of the run in that folder."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal without UTF-8
+    description = __doc__.replace("\n", "\n ")  # tyro keeps the line breaks before indented lines
+    args = tyro.cli(Args, description=description)
+    if args.resume:
+        saved = saved_args(args.resume)
+        args = tyro.cli(Args, description=description, default=saved)
+        renewable = {"total_timesteps", "eval_every", "eval_episodes", "checkpoint_every", "capture_video"}
+        renewable |= {"device", "num_threads", "compile"}
+        other = {name for name, value in vars(args).items() if value != vars(saved)[name]} - renewable
+        require(not other, f"beside --resume, leave out {', '.join(sorted(other))}: these settings of a run stay")
+    try:
+        train(args)
+    except (MemoryError, RuntimeError) as error:
+        require("memory" not in f"{error!r}".lower(), f"not enough memory: {error}")
+        raise
+
 
 if __name__ == "__main__":
-    train(tyro.cli(Args))
+    main()

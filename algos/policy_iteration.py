@@ -1,14 +1,14 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["gymnasium", "matplotlib", "numpy", "tensorboard", "torch", "tyro"]
+# dependencies = ["gymnasium", "moviepy", "numpy", "tensorboard", "torch", "tyro"]
 # ///
-"""Policy iteration: evaluate the policy by sweeps, make it greedy, and again until it is stable.
+"""Policy iteration: evaluate the policy by sweeps, make it greedy, and repeat both until it is stable.
 
 Paper   Howard, 1960, "Dynamic Programming and Markov Processes".
         Sutton & Barto, 2018, section 4.3. http://incompleteideas.net/book/the-book-2nd.html
 Notes   "Dynamic Programming"; the lines of pics/rl_2.png, numbered; pics/rl_4.png draws lines 2-8 against lines 9-13
-Run     python algos/policy_iteration.py --env-id JacksCarRental-v0
-        python algos/policy_iteration.py --env-id FrozenLake-v1 --gamma 1 --uniform-start
+Run     python algos/policy_iteration.py --env-id JacksCarRental-v0 --eval-episodes 1000
+        python algos/policy_iteration.py --env-id FrozenLake-v1 --gamma 1 --uniform-start --eval-episodes 1000
 
      1  V(s) and π(s) arbitrary for all s
      2  repeat                                                                       evaluation
@@ -25,23 +25,27 @@ Run     python algos/policy_iteration.py --env-id JacksCarRental-v0
     13      if old ≠ π(s): stable ← false
     14  if stable: return V, π; else go to line 2
 
-Beyond the pseudo-code: a sweep computes all V(s) at once from the old V, the same limit in a few more sweeps; V is 0 at
-terminal states. As it stands the picture can go on forever between equally good actions (exercise 4.4): here the old
-action stays unless another is better by more than `tie`. Where γ = 1 a policy that never ends has no value, so there
-the first policy must be the one of `--uniform-start`, which draws every action alike.
+Beyond the pseudo-code: a sweep computes all V(s) at once from the old V, which has the same limit and takes a few more
+sweeps; V is 0 at terminal states. As it stands the picture can go on forever between equally good actions (exercise
+4.4): here the old action stays unless another one is better by more than `tie`. With γ = 1 a policy that never ends has
+no value; there, start from the equiprobable policy with --uniform-start.
 
-Result  4 improvements to V(10, 10) = 574.95; return 17784.12 ± 520.39 over 10 years, 0.5 s: the first command
-        return 0.73 ± 0.44 over 1000 episodes, V = 0.8235 without the time limit: the second with --eval-episodes 1000
+Result  first command: 4 improvements to V(10, 10) = 574.95, return ? over 1000 years
+        second command: V = 0.8235 without the time limit, return ? over 1000 episodes within it
+        Figures 4.1 and 4.2: benchmark/figures/grid_world.png and jacks_car_rental.png
 """
 
+import contextlib
+import copy
 import functools
+import importlib
 import itertools
 import json
 import math
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import gymnasium as gym
@@ -58,24 +62,22 @@ class Args:
     env_kwargs: str = "{}"
     """arguments of the environment, as JSON"""
     gamma: float = 0.9
-    """γ, discount"""
+    """discount factor, γ of lines 6 and 12"""
     theta: float = 1e-8
-    """θ, a change of V that ends the evaluation"""
+    """threshold of the largest change of V, below which an evaluation ends, θ of line 8"""
     tie: float = 1e-6
-    """how much better an action must be to replace the old one"""
+    """by how much another action must be better than the old one to replace it in line 12"""
     max_sweeps: int = 100_000
-    """sweeps of one evaluation after which it is given up"""
+    """number of sweeps of one evaluation after which the run ends with an error"""
     uniform_start: bool = False
-    """start from the policy that draws every action alike, else from action 0 everywhere"""
-    plot: str = ""
-    """file for the book's figure, drawn after the run; none if empty"""
+    """start from the policy that takes all actions with the same probability, else from action 0 in every state"""
 
     seed: int = 1
-    """seeds the first state, whose value is printed; planning draws nothing"""
+    """seed of the first state, whose value is printed; planning itself draws nothing"""
     run_dir: str = ""
-    """folder of log, checkpoint and result; runs/<env>__<script>__<seed>__<time> if empty"""
+    """folder of log, checkpoint and result; if empty, runs/<env>__<script>__<seed>__<time>"""
     eval_episodes: int = 10
-    """episodes of the policy that came out"""
+    """episodes of the resulting policy in the evaluation"""
     capture_video: bool = False
     """film the first episode of the last evaluation"""
 
@@ -86,15 +88,15 @@ class PolicyIteration:
     def __init__(self, p: np.ndarray, r: np.ndarray, args: Args):
         self.p, self.r, self.args = p, r, args
         self.v = np.zeros(len(r))  # line 1
-        self.pi = np.full(r.shape, 1 / r.shape[1]) if args.uniform_start else self.choosing(np.zeros(len(r), int))
+        self.pi = np.full(r.shape, 1 / r.shape[1]) if args.uniform_start else self.taking(np.zeros(len(r), int))
         self.follow()
 
-    def choosing(self, action: np.ndarray) -> np.ndarray:
-        """The policy that takes these actions (S,) for certain, as probabilities (S, A)."""
+    def taking(self, action: np.ndarray) -> np.ndarray:
+        """The policy that takes these actions (S,), as probabilities (S, A)."""
         return np.eye(self.r.shape[1])[action]
 
     def follow(self):
-        """Average the world's table over the actions of π, once for all sweeps."""
+        """Average the table over the actions of π, once for all sweeps: p_pi (S, S) and r_pi (S,)."""
         self.p_pi = np.einsum("sa,sat->st", self.pi, self.p)
         self.r_pi = (self.pi * self.r).sum(axis=1)
 
@@ -104,103 +106,78 @@ class PolicyIteration:
         return np.abs(v - self.v).max()  # lines 3, 7
 
     def improve(self) -> bool:
+        """Make π greedy in V; returns whether it was so already."""
         q = self.r + self.args.gamma * self.p @ self.v
-        as_good = (self.pi * q).sum(axis=1) >= q.max(axis=1) - self.args.tie
-        old = as_good & (self.pi.max(axis=1) == 1)  # line 11; choosing at random is not a π(s)
-        self.pi = np.where(old[:, None], self.pi, self.choosing(q.argmax(axis=1)))  # lines 10, 12
+        old = self.pi  # line 11
+        as_good = (old * q).sum(axis=1) >= q.max(axis=1) - self.args.tie
+        keep = as_good & (old.max(axis=1) == 1)  # the equiprobable policy is no π(s) and is always replaced
+        self.pi = np.where(keep[:, None], old, self.taking(q.argmax(axis=1)))  # lines 10, 12
         self.follow()
-        return bool(old.all())  # lines 9, 13
+        return bool((old == self.pi).all())  # lines 9, 13
 
 
 def train(args: Args) -> dict:
     """Plan, evaluate, and return what <run_dir>/result.json holds."""
-    run = ShortRun("policy_iteration", args.env_id, args)
-    require(0 <= args.gamma <= 1, "gamma must lie in [0, 1]")
-    require(args.theta > 0 and args.tie >= 0, "theta must be positive, tie not negative")
-    require(args.max_sweeps >= 1, "max_sweeps must be positive")
-    env = make_env(args.env_id, args.env_kwargs)
-    agent = PolicyIteration(*model_of(env, args.env_id), args)  # line 1
+    check(args, gamma=(0, 1), theta=(0, math.inf), tie=(0, math.inf), max_sweeps=(1, math.inf))
+    require(args.theta > 0, "--theta must be positive")
+    env = make_env(args)
+    require_spaces(env, obs="Discrete", action="Discrete")
+    agent = PolicyIteration(*model_of(env), args)  # line 1
     s0, _ = env.reset(seed=args.seed)
 
+    def greedy(s: int, explore: bool) -> int:
+        return int(agent.pi[s].argmax())
+
     def evaluation(film: Path | None = None) -> list[float]:
-        policy = agent.pi.argmax(axis=1)
-        env = make_env(args.env_id, args.env_kwargs, film)
-        return evaluate(lambda s: int(policy[s]), env, args.eval_episodes, max_steps=1_000)
+        return evaluate(greedy, make_env(args, film), args.eval_episodes, max_steps=1_000)
 
-    run.start()
-    stable, improvements = False, -1
-    while not stable:  # line 14
-        delta, last = math.inf, run.step + args.max_sweeps
-        while delta >= args.theta:  # lines 2, 8
-            delta = agent.sweep()  # lines 3-7
-            run.advance()
-            require(run.step < last, "V does not converge: lower gamma, or where gamma is 1 try --uniform-start")
-        stable = agent.improve()  # lines 9-13
-        improvements += 1  # the last time nothing changes
-        run.log({"charts/value_of_first_state": agent.v[s0], "losses/delta": delta})
-    print(f"improvements: {improvements}, value of state {s0}: {agent.v[s0]:.6g}")
-    if args.plot:
-        figure(args)
-    return run.finish(evaluation)
-
-
-# The book's figure
-
-
-def figure(args: Args):
-    """Figures 4.2, the policies of Jack's car rental, and 4.1, sweep by sweep the values of the 4x4 grid."""
-    plt = pyplot()
-    _, (jack, grids) = plt.subplots(2, 6, figsize=(18, 6.5), layout="constrained")
-    agent = PolicyIteration(*model_of(jacks_car_rental(), ""), replace(args, gamma=0.9, uniform_start=False))
-    for i in range(5):
-        moves = np.array(MOVES)[agent.pi.argmax(axis=1)].reshape(21, 21)
-        jack[i].imshow(moves, origin="lower", cmap="RdBu", vmin=-9, vmax=9)
-        for s in np.ndindex(21, 21):
-            jack[i].text(*s[::-1], moves[s], ha="center", va="center", fontsize=5)
-        jack[i].set(title=f"π{i}: cars moved", xlabel="cars at the second lot", ylabel="cars at the first lot")
-        while agent.sweep() >= args.theta:
-            pass
-        agent.improve()
-    image = jack[5].imshow(agent.v.reshape(21, 21), origin="lower")
-    jack[5].set(title="V of π4", xlabel="cars at the second lot")
-    plt.colorbar(image, ax=jack[5])
-    agent = PolicyIteration(*model_of(grid(**EXAMPLE_4_1), ""), replace(args, gamma=1.0, uniform_start=True))
-    for ax, k in zip(grids, (0, 1, 2, 3, 10, 1000)):
-        agent.v = np.zeros(16)
-        for _ in range(k):
-            agent.sweep()
-        q = agent.r + agent.p @ agent.v
-        for s, (row, col) in enumerate(np.ndindex(4, 4)):
-            best = "" if s in (0, 15) else "".join(np.array(list("↑→↓←"))[q[s] > q[s].max() - 1e-6])
-            ax.text(col, row, f"{agent.v[s]:.1f}\n{best}", ha="center", va="center")
-        ax.set(title=f"V after {k} sweeps", xticks=np.arange(5) - 0.5, yticks=np.arange(5) - 0.5)
-        ax.set(xlim=(-0.5, 3.5), ylim=(3.5, -0.5), xticklabels=[], yticklabels=[], aspect="equal")
-        ax.grid()
-    grids[0].set_ylabel("4 × 4 grid, equiprobable policy:\nV, and what is greedy in V")
-    plt.savefig(args.plot, dpi=110)
+    with ShortRun(args, world=args.env_id) as run:
+        stable, improvements = False, -1
+        while not stable:  # line 14
+            delta, first = math.inf, run.step
+            while not delta < args.theta:  # lines 2, 8
+                hopeless = "V does not converge: lower --gamma, or where it is 1 try --uniform-start"
+                require(run.step - first < args.max_sweeps, hopeless)
+                delta = agent.sweep()  # lines 3-7
+                run.advance()
+            stable = agent.improve()  # lines 9-13
+            improvements += 1  # the last time nothing changes
+            run.log({"charts/value_of_first_state": agent.v[s0], "charts/delta": delta})
+        print(f"improvements: {improvements}, value of state {s0}: {agent.v[s0]:.6g}")
+        return run.finish(evaluation)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Plumbing: the same, to the letter, in every script that has it
-# ----------------------------------------------------------------------------------------------------------------------
+# Plumbing: the same in every script that has it
 
 
 def require(condition: bool, message: str):
-    """Leave with one line and exit code 2 unless the condition holds."""
+    """Exit with code 2 and one line unless the condition holds."""
     if not condition:
         print("error:", *message.split(), file=sys.stderr)
         raise SystemExit(2)
 
 
-def model_of(env: gym.Env, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """The table env.unwrapped.P as p (S, A, S), the chance of going on in s', and r (S, A), the expected reward."""
-    table = getattr(env.unwrapped, "P", None)
-    require(table is not None, f"planning needs a table env.unwrapped.P, {name} has none; monte_carlo does without")
-    p, r = np.zeros((len(table), len(table[0]), len(table))), np.zeros((len(table), len(table[0])))
-    for s, a in np.ndindex(r.shape):
-        chance, s2, reward, terminated = map(np.array, zip(*table[s][a]))
-        r[s, a] = chance @ reward
-        np.add.at(p[s, a], s2, chance * ~terminated)
+def check(args, **ranges: tuple[float, float]):
+    """Exit with code 2 and one line unless the settings are finite and lie in these closed ranges."""
+    ranges |= dict(total_timesteps=(1, math.inf), eval_episodes=(1, math.inf), num_threads=(1, os.cpu_count()))
+    ranges |= dict(eval_every=(0, math.inf), checkpoint_every=(0, math.inf), seed=(0, 2**32 - 1))
+    for name, (low, high) in ranges.items():
+        for value in np.ravel(getattr(args, name, [])):
+            fits = low <= value <= high and math.isfinite(value)
+            require(fits, f"--{name.replace('_', '-')} must lie in [{low}, {high}], it is {value}")
+
+
+def model_of(env: gym.Env) -> tuple[np.ndarray, np.ndarray]:
+    """The table env.unwrapped.P as p (S, A, S), probabilities of going on in s', and r (S, A), expected rewards."""
+    table, shape = getattr(env.unwrapped, "P", None), (env.observation_space.n, env.action_space.n)
+    require(table is not None, "planning needs a table env.unwrapped.P, which this environment lacks; try monte_carlo")
+    p, r = np.zeros((*shape, shape[0])), np.zeros(shape)
+    for s, a in np.ndindex(shape):
+        for chance, s2, reward, terminated in table[s][a]:
+            r[s, a] += chance * reward
+            p[s, a, s2] += chance * (not terminated)
+    require(np.isfinite(r).all(), "the table env.unwrapped.P has rewards that are not finite")
     return p, r
 
 
@@ -232,66 +209,120 @@ class TableWorld(gym.Env):
         return np.kron(cells, np.ones((32, 32), np.uint8))[:, :, None].repeat(3, axis=2)
 
 
-def make_env(env_id: str, env_kwargs: str, film: Path | None = None) -> gym.Env:
-    """The environment, its episodes counted; with `film`, the first of them recorded into that folder."""
-    if film and sys.platform == "linux" and "DISPLAY" not in os.environ:
+class Episodes(gym.Wrapper):
+    """Counts episodes' returns and lengths, copies observations, and refuses numbers that are not finite."""
+
+    def reset(self, **kwargs):
+        obs, info = self.env.reset(**kwargs)
+        self.episode = {"r": 0.0, "l": 0}
+        return copy.copy(obs), info
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        reward = float(np.asarray(reward).item())  # which may have the shape (1,)
+        if not (math.isfinite(reward) and np.isfinite(obs).all()):
+            raise FloatingPointError(f"{self.spec.id} gave the observation {obs} and the reward {reward}")
+        self.episode = {"r": self.episode["r"] + reward, "l": self.episode["l"] + 1}
+        if terminated or truncated:
+            info = info | {"episode": self.episode}
+        return copy.copy(obs), reward, bool(terminated), bool(truncated), info
+
+
+def make_env(args, film: Path | None = None) -> gym.Env:
+    """The environment of the settings; with `film`, its first episode is recorded in that folder."""
+    if args.capture_video and sys.platform == "linux" and "DISPLAY" not in os.environ:
         os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo draws without a display
     gym.logger.min_level = gym.logger.ERROR  # no word about newer versions of the environment at each evaluation
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # where `my_module:MyEnv-v0` may be
     try:
-        env = gym.make(env_id, render_mode="rgb_array" if film else None, **json.loads(env_kwargs))
+        kwargs = json.loads(args.env_kwargs) | ({"render_mode": "rgb_array"} if args.capture_video else {})
+        env = gym.make(args.env_id, **kwargs)
+        if args.capture_video:  # what a film lacks is found before training
+            importlib.import_module("moviepy")
+            env.reset(seed=args.seed)
+            env.render()
         if film:
             env = gym.wrappers.RecordVideo(env, str(film), episode_trigger=lambda episode: episode == 0)
-    except (gym.error.Error, ImportError, RuntimeError, TypeError, ValueError) as error:
-        require(False, f"cannot make {env_id}: {error}")
-    return gym.wrappers.RecordEpisodeStatistics(env)
+    except Exception as error:  # whatever an environment raises, its user reads one line
+        problem = str(error) or type(error).__name__
+        require(False, f"cannot make {args.env_id} with --env-kwargs {args.env_kwargs}: {problem}")
+    return Episodes(env)
+
+
+def require_spaces(env: gym.Env, obs: str, action: str):
+    """Exit with code 2 and one line unless the spaces are of these kinds, such as "Discrete or vector": see kind_of."""
+    scripts = {"Discrete Discrete": "q_learning, sarsa", "vector Discrete": "dqn, ppo", "vector vector": "td3, ppo"}
+    scripts |= {"vector MultiDiscrete": "ppo", "image Discrete": "dqn_atari, ppo_atari"}
+    kinds = [kind_of(space) for space in (env.observation_space, env.action_space)]
+    for kind, needed in zip(kinds, (obs, action)):
+        problem = f"{Path(__file__).stem} needs {obs} observations and {action} actions; {env.spec.id} has "
+        problem += f"{env.observation_space} and {env.action_space}; try "
+        problem += scripts.get(" ".join(kind.removeprefix("bounded ") for kind in kinds), "another environment")
+        require({kind, kind.removeprefix("bounded ")} & set(needed.split(" or ")), problem)
+
+
+def kind_of(space: gym.Space) -> str:
+    """Discrete, MultiDiscrete (from 0 on), vector, bounded vector (Boxes of one axis), image (of bytes) or other."""
+    if isinstance(space, gym.spaces.Box):
+        image = len(space.shape) == 3 and space.dtype in (np.uint8, bool)
+        vector = "bounded vector" if space.is_bounded() else "vector"
+        return vector if len(space.shape) == 1 else "image" if image else "other"
+    discrete = isinstance(space, (gym.spaces.Discrete, gym.spaces.MultiDiscrete)) and not np.any(space.start)
+    return type(space).__name__ if discrete else "other"
 
 
 def evaluate(act, env: gym.Env, episodes: int, max_steps: int = 27_000) -> list[float]:
-    """Undiscounted returns of `act` (observation -> action) in `env`, always from the same seeds; closes `env`."""
+    """Undiscounted returns of `act` without exploration in `env`, always from the same seeds; closes `env`."""
     returns = []
     for episode in range(episodes):
         obs, _ = env.reset(seed=10_000 + episode)
         returns.append(0.0)
         for _ in range(max_steps):  # where no time limit ends an episode, a greedy policy may walk in circles
-            obs, reward, terminated, truncated, _ = env.step(act(obs))
-            returns[-1] += float(reward)
+            obs, reward, terminated, truncated, _ = env.step(act(obs, explore=False))
+            returns[-1] += reward
             if terminated or truncated:
                 break
-    env.close()
+    with contextlib.suppress(Exception):  # an environment that cannot be closed has been evaluated all the same
+        env.close()
     return returns
 
 
-def pyplot():
-    """matplotlib's pyplot, imported only when a figure is asked for, drawing into files."""
-    try:
-        from matplotlib import pyplot
-    except ImportError:
-        require(False, "a figure needs matplotlib: pip install matplotlib")
-    pyplot.switch_backend("agg")
-    return pyplot
-
-
 class ShortRun:
-    """A run of seconds, without checkpoint: its folder with settings, TensorBoard log and result, as `Run` has them."""
+    """A run of seconds, without checkpoints: its folder (settings, TensorBoard log, result) and its clock."""
 
-    def __init__(self, script: str, world: str, args):
-        require(args.eval_episodes >= 1, "eval_episodes must be positive")
-        require(args.seed >= 0, "seed must not be negative")
-        name = f"{world.replace('/', '-')}__{script}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-        self.script, self.args, self.folder = script, args, Path(args.run_dir or f"runs/{name}")
-
-    def start(self):
-        """Open the folder."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.writer, self.step, self.seconds = SummaryWriter(self.folder), 0, 0.0
+    def __init__(self, args, world: str):
+        name = f"{world.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        self.folder = Path(args.run_dir or f"runs/{name}").absolute()  # an environment may change the working folder
+        self.args, self.step, self.seconds = args, 0, 0.0
+        free = not (self.folder / "args.json").exists()
+        require(free, f"{self.folder} holds a run: choose another --run-dir")
+        try:
+            self.writer = SummaryWriter(self.folder, purge_step=0)  # hides what a run that was killed here has logged
+        except OSError as error:
+            require(False, f"cannot write {self.folder}: {error!r:.200}")
         self.began = time.perf_counter()
+
+    def __enter__(self):
+        return self
+
+    def write(self, name: str, content: dict):
+        """Write a JSON file aside, then put it in place: a crash leaves no half of it."""
+        aside = self.folder / f"{name}.tmp"
+        try:
+            aside.write_text(json.dumps(content, indent=1))
+            os.replace(aside, self.folder / name)
+        except OSError as error:  # a full disk
+            with contextlib.suppress(OSError):
+                aside.unlink()
+            require(False, f"cannot write {self.folder / name}: {error!r:.200}")
 
     def advance(self, count: int = 1):
         """`count` more steps are done."""
         self.step, self.seconds = self.step + count, time.perf_counter() - self.began
 
     def log(self, scalars: dict):
-        """Scalars of the present step."""
+        """Scalars of the present step, for TensorBoard."""
         for tag, value in scalars.items():
             self.writer.add_scalar(tag, float(value), self.step)
 
@@ -300,14 +331,31 @@ class ShortRun:
         returns = evaluation(self.folder / "videos" if getattr(self.args, "capture_video", False) else None)
         mean, std, speed = float(np.mean(returns)), float(np.std(returns)), self.step / self.seconds
         self.log({"eval/return": mean, "charts/steps_per_second": speed})
-        self.writer.close()
-        result = {"script": self.script, "args": asdict(self.args), "return": mean, "std": std, "returns": returns}
-        result |= {"steps": self.step, "seconds": self.seconds, "steps_per_second": speed}
-        (self.folder / "args.json").write_text(json.dumps({"script": self.script, **asdict(self.args)}, indent=1))
-        (self.folder / "result.json").write_text(json.dumps(result, indent=1))
+        result = {"script": Path(__file__).stem, "args": asdict(self.args), "return": mean, "std": std}
+        result |= {"returns": returns, "steps": self.step, "seconds": self.seconds, "steps_per_second": speed}
+        self.write("args.json", {"script": Path(__file__).stem, **asdict(self.args)})
+        self.write("result.json", result)
         print(f"final: return {mean:.2f} ± {std:.2f} over {len(returns)} episodes", end=" | ")
         print(f"{self.step} steps | {self.seconds:.1f} s | {speed:.0f} steps/s")
         return result
+
+    def __exit__(self, kind, error, trace):
+        self.writer.close()
+        if isinstance(error, KeyboardInterrupt):
+            print(f"\nstopped at step {self.step}; nothing is saved", file=sys.stderr)
+            raise SystemExit(130)
+
+
+def main_without_resume():
+    """Run with the settings of the command line."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal without UTF-8
+    args = tyro.cli(Args, description=__doc__.replace("\n", "\n "))  # tyro keeps the line breaks before indented lines
+    try:
+        train(args)
+    except (MemoryError, RuntimeError) as error:
+        require("memory" not in f"{error!r}".lower(), f"not enough memory: {error}")
+        raise
 
 
 # The book's worlds
@@ -368,4 +416,4 @@ gym.register("JacksCarRental-v0", jacks_car_rental, disable_env_checker=True, ma
 
 
 if __name__ == "__main__":
-    train(tyro.cli(Args))
+    main_without_resume()

@@ -1,14 +1,13 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["gymnasium", "matplotlib", "numpy", "tensorboard", "torch", "tqdm", "tyro"]
+# dependencies = ["gymnasium", "moviepy", "numpy", "tensorboard", "torch", "tqdm", "tyro"]
 # ///
-"""Episodic semi-gradient Sarsa: Sarsa with a function of states and actions, here linear in tiles, for a table.
+"""Episodic semi-gradient Sarsa: Sarsa with a function approximator, here linear in tiles, in the table's place.
 
 Paper   Sutton & Barto, 2018, sections 10.1 and 9.5.4. http://incompleteideas.net/book/the-book-2nd.html
         Sutton, 1996, "Generalization in reinforcement learning: successful examples using sparse coarse coding".
 Notes   "RL with Approximation"; the lines of pics/rl_13.png, numbered
-Run     python algos/semi_gradient_sarsa.py
-        python algos/semi_gradient_sarsa.py --plot mountain_car.png
+Run     python algos/semi_gradient_sarsa.py --eval-episodes 100
 
      1  input: a differentiable function q̂(s, a, w);  initialise w, e.g. w = 0
      2  repeat for each episode:
@@ -20,20 +19,27 @@ Run     python algos/semi_gradient_sarsa.py
      8          w ← w + α [R + γ q̂(S', A', w) - q̂(S, A, w)] ∇q̂(S, A, w)
      9          S ← S';  A ← A'
 
-Beyond the pseudo-code: q̂ is a sum of weights, one for each tiling, that of the tile where S is: ∇q̂ is 1 for them and 0
-for the others. It is the gradient of q̂(S, A, w) alone, not of the target: hence semi-gradient. A time limit is not
-line 6. Ties are broken at random. The mountain car's rewards are all negative, so w = 0 promises too much of what was
-not tried yet: that explores, and ε can be 0. Its usual limit of 200 steps would cut the first episodes short.
+Beyond the pseudo-code: q̂ is a sum of weights, one per tiling, that of the tile in which S lies: ∇q̂ is 1 for these
+weights and 0 for the others. The gradient is that of q̂(S, A, w) alone, not of the target, hence "semi-gradient". A time
+limit does not make S' terminal: line 8 applies, not line 6. Ties between the best actions are broken at random. All
+rewards of the mountain car are negative, so w = 0 is an optimistic start, which explores even with ε = 0. Its
+usual time limit of 200 steps would cut the first episodes short, hence --env-kwargs.
 
-Result  MountainCar-v0 with the defaults and --eval-episodes 100: -134, -122, -121, -119, -115 (seeds 1-5)
+Result  MountainCar-v0 by the command above: @RESULT@ (seeds 1-5). Figures 10.1 and 10.2:
+        benchmark/figures/mountain_car.png
 """
 
+import contextlib
+import copy
+import importlib
 import json
 import math
 import os
+import random
+import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import gymnasium as gym
@@ -47,36 +53,34 @@ from tqdm import tqdm
 @dataclass
 class Args:
     env_id: str = "MountainCar-v0"
-    """a gymnasium environment with a bounded Box of a few observations and Discrete actions"""
+    """a gymnasium environment with bounded vectors of few numbers as observations and Discrete actions"""
     env_kwargs: str = '{"max_episode_steps": 20000}'
     """arguments of the environment, as JSON"""
     total_timesteps: int = 75_000
     """environment steps"""
     alpha: float = 0.5
-    """α times the number of tilings, which all share a step"""
+    """step size: α of lines 6 and 8 times the number of tilings"""
     gamma: float = 1.0
-    """γ, discount"""
+    """discount factor, γ of line 8"""
     epsilon: float = 0.0
-    """ε, how often an action is drawn uniformly from all"""
+    """probability of a uniformly random action, ε of lines 3 and 7"""
     tilings: int = 8
-    """tilings, each a grid over all observations, shifted against the others"""
+    """number of tilings, grids over all observations, each shifted against the others"""
     tiles: int = 8
-    """tiles of a tiling along each observation"""
-    plot: str = ""
-    """file for the book's figure, drawn after the run; none if empty"""
+    """number of tiles of a tiling along each observation"""
 
     seed: int = 1
-    """seeds the exploration and the environment"""
+    """seed of the exploration and the environment"""
     run_dir: str = ""
-    """folder of log, checkpoint and result; runs/<env>__<script>__<seed>__<time> if empty"""
+    """folder of log, checkpoint and result; if empty, runs/<env>__<script>__<seed>__<time>"""
     eval_every: int = 2_500
-    """steps between evaluations, 0 for the last one only"""
+    """environment steps between evaluations; 0 evaluates at the end only"""
     eval_episodes: int = 10
     """episodes of the greedy policy in an evaluation"""
     checkpoint_every: int = 100_000
-    """steps between checkpoints, 0 for the last one only"""
+    """environment steps between checkpoints; 0 saves at the end only"""
     resume: str = ""
-    """folder of a run to continue, with that run's settings"""
+    """folder of a run to continue with that run's settings"""
     capture_video: bool = False
     """film the first episode of the last evaluation"""
 
@@ -85,7 +89,9 @@ class TileCoder:
     """From an observation (k,) to the number of its tile in each tiling (tilings,)."""
 
     def __init__(self, low: np.ndarray, high: np.ndarray, tilings: int, tiles: int):
-        self.low, self.scale = low.astype(float), tiles / (high.astype(float) - low)
+        self.low, self.high = low.astype(float), high.astype(float)
+        width = self.high - self.low
+        self.scale = tiles / np.where(width > 0, width, np.inf)  # an observation that is constant has one tile
         odd = 2 * np.arange(len(low)) + 1  # each tiling is (1, 3, 5, …) / tilings of a tile further than the one before
         self.shift = np.arange(tilings)[:, None] * odd % tilings / tilings
         self.strides = (tiles + 1) ** np.arange(len(low))  # shifted tiles need one more along each observation
@@ -93,6 +99,7 @@ class TileCoder:
         self.first = np.arange(tilings) * (self.size // tilings)
 
     def __call__(self, s: np.ndarray) -> np.ndarray:
+        s = np.clip(s, self.low, self.high)
         return self.first + ((s - self.low) * self.scale + self.shift).astype(int) @ self.strides
 
 
@@ -108,10 +115,12 @@ class SemiGradientSarsa:
         """q̂(s, ·, w) (actions,)."""
         return self.w[:, x].sum(axis=1)
 
-    def act(self, x: np.ndarray) -> int:
+    def act(self, x: np.ndarray, explore: bool = True) -> int:
+        q = self.q(x)
+        if not explore:
+            return int(q.argmax())
         if self.rng.random() < self.args.epsilon:  # lines 3, 7
             return int(self.rng.integers(self.num_actions))
-        q = self.q(x)
         best = np.flatnonzero(q == q.max())
         return int(best[self.rng.integers(len(best))])
 
@@ -127,210 +136,226 @@ class SemiGradientSarsa:
 
 def train(args: Args) -> dict:
     """Train, evaluate, and return what <run_dir>/result.json holds."""
-    run = Run("semi_gradient_sarsa", args)
-    args = run.args
-    require(0 < args.alpha <= 1, "alpha must lie in (0, 1]")
-    require(0 <= args.gamma <= 1 and 0 <= args.epsilon <= 1, "gamma and epsilon must lie in [0, 1]")
-    require(min(args.tilings, args.tiles) >= 1, "tilings and tiles must be positive")
-    env = make_env(args.env_id, args.env_kwargs)
-    obs_space, action_space = env.observation_space, env.action_space
-    require(
-        isinstance(obs_space, gym.spaces.Box)
-        and len(obs_space.shape) == 1
-        and obs_space.is_bounded()
-        and isinstance(action_space, gym.spaces.Discrete),
-        f"semi_gradient_sarsa needs a bounded Box of observations and Discrete actions (for others: sarsa, dqn, td3); "
-        f"{args.env_id} has {obs_space} and {action_space}",
-    )
-    tiles_of = TileCoder(obs_space.low, obs_space.high, args.tilings, args.tiles)
-    require(tiles_of.size < 1e8, f"{tiles_of.size} tiles are too many: fewer tiles, or dqn")
-    agent = SemiGradientSarsa(tiles_of.size, action_space.n, args)
+    check(args, alpha=(0, 1), gamma=(0, 1), epsilon=(0, 1), tilings=(1, math.inf), tiles=(1, math.inf))
+    env = make_env(args)
+    require_spaces(env, obs="bounded vector", action="Discrete")
+    set_up_torch(args)
+    tiles_of = TileCoder(env.observation_space.low, env.observation_space.high, args.tilings, args.tiles)
+    require(tiles_of.size < 1e8, f"{tiles_of.size} tiles are too many: fewer --tiles, or dqn")
+    agent = SemiGradientSarsa(tiles_of.size, env.action_space.n, args)
 
-    def greedy(s: np.ndarray) -> int:
-        return int(agent.q(tiles_of(s)).argmax())
+    def greedy(s: np.ndarray, explore: bool) -> int:
+        return agent.act(tiles_of(s), explore)
 
     def evaluation(film: Path | None = None) -> list[float]:
-        return evaluate(greedy, make_env(args.env_id, args.env_kwargs, film), args.eval_episodes, max_steps=1_000)
+        return evaluate(greedy, make_env(args, film), args.eval_episodes, max_steps=1_000)
 
-    run.start(args.total_timesteps, agent=agent)
-    env.reset(seed=args.seed + run.step)
-    over = True
-    while run.step < args.total_timesteps:  # lines 2, 4
-        if over:
-            x = tiles_of(env.reset()[0])
-            a = agent.act(x)  # line 3
-        s2, r, terminated, truncated, info = env.step(a)  # line 5
-        run.advance()
-        if terminated:
-            agent.update(x, a, r)  # line 6
-        else:
-            x2 = tiles_of(s2)
-            a2 = agent.act(x2)  # line 7
-            agent.update(x, a, r + args.gamma * agent.q(x2)[a2])  # line 8
-            x, a = x2, a2  # line 9
-        over = terminated or truncated
-        if over:
-            run.log_episode(info["episode"])
-        run.evaluate_and_save(evaluation)
-    if args.plot:
-        figure(args)
-    return run.finish(evaluation)
-
-
-# The book's figure
-
-
-def learn(agent: SemiGradientSarsa, tiles_of: TileCoder, env: gym.Env, episodes: int) -> list[int]:
-    """The loop of `train` without a Run; returns the number of steps of each episode."""
-    lengths = []
-    for _ in range(episodes):
-        x, steps, terminated = tiles_of(env.reset()[0]), 0, False
-        a = agent.act(x)
-        while not terminated:
-            s2, r, terminated, _, _ = env.step(a)
-            x2, target, steps = tiles_of(s2), r, steps + 1
-            if not terminated:
-                a2 = agent.act(x2)
-                target += agent.args.gamma * agent.q(x2)[a2]
-            agent.update(x, a, target)
-            x, a = x2, a2
-        lengths.append(steps)
-    return lengths
-
-
-def figure(args: Args):
-    """Figures 10.2 and 10.1: three step sizes on the mountain car; what the best of them says the way costs."""
-    plt, env = pyplot(), gym.make("MountainCar-v0").unwrapped
-    low, high = env.observation_space.low, env.observation_space.high
-    tiles_of = TileCoder(low, high, 8, 8)
-    plane = plt.figure(figsize=(11, 4.2), layout="constrained")
-    left, right = plane.add_subplot(1, 2, 1), plane.add_subplot(1, 2, 2, projection="3d")
-    for alpha in (0.1, 0.2, 0.5):
-        runs = []
-        for seed in range(3):
-            agent = SemiGradientSarsa(tiles_of.size, 3, replace(args, alpha=alpha, gamma=1.0, epsilon=0.0, seed=seed))
-            env.reset(seed=seed)
-            runs.append(learn(agent, tiles_of, env, 500))
-        left.semilogy(np.arange(1, 501), np.mean(runs, axis=0), label=f"α = {alpha} / 8")
-    left.set(xlabel="episodes", ylabel="steps per episode", xlim=(0, 500), ylim=(100, 1000))
-    left.set_yticks([100, 200, 400, 1000], labels=[100, 200, 400, 1000])
-    left.minorticks_off()
-    left.set_title("mountain car: means of 3 runs")
-    left.legend()
-    position, velocity = np.meshgrid(np.linspace(-1.2, 0.5, 60), np.linspace(-0.07, 0.07, 60))
-    cost = [-agent.q(tiles_of(np.array(s))).max() for s in zip(position.flat, velocity.flat)]
-    right.plot_surface(position, velocity, np.reshape(cost, position.shape), cmap="viridis")
-    right.set(xlabel="position", ylabel="velocity", xticks=[-1.2, -0.5, 0.5], yticks=[-0.07, 0, 0.07])
-    right.set_title("cost to go, -max q̂(s, a, w), after 500 episodes")
-    plt.savefig(args.plot, dpi=150)
+    with Run(args, agent=agent) as run:
+        s, _ = env.reset(seed=args.seed + run.step)
+        x = tiles_of(s)
+        a = agent.act(x)  # line 3
+        while run.step < args.total_timesteps:  # lines 2, 4
+            s2, r, terminated, truncated, info = env.step(a)  # line 5
+            run.advance()
+            if terminated:
+                agent.update(x, a, r)  # line 6
+            else:
+                x2 = tiles_of(s2)
+                a2 = agent.act(x2)  # line 7
+                agent.update(x, a, r + args.gamma * agent.q(x2)[a2])  # line 8
+                x, a = x2, a2  # line 9
+            if terminated or truncated:
+                run.log_episode(info["episode"])
+                s, _ = env.reset()
+                x = tiles_of(s)
+                a = agent.act(x)  # line 3
+            run.evaluate_and_save(evaluation)
+        return run.finish(evaluation)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Plumbing: the same, to the letter, in every script that has it
-# ----------------------------------------------------------------------------------------------------------------------
+# Plumbing: the same in every script that has it
 
 
 def require(condition: bool, message: str):
-    """Leave with one line and exit code 2 unless the condition holds."""
+    """Exit with code 2 and one line unless the condition holds."""
     if not condition:
         print("error:", *message.split(), file=sys.stderr)
         raise SystemExit(2)
 
 
-def make_env(env_id: str, env_kwargs: str, film: Path | None = None) -> gym.Env:
-    """The environment, its episodes counted; with `film`, the first of them recorded into that folder."""
-    if film and sys.platform == "linux" and "DISPLAY" not in os.environ:
+def check(args, **ranges: tuple[float, float]):
+    """Exit with code 2 and one line unless the settings are finite and lie in these closed ranges."""
+    ranges |= dict(total_timesteps=(1, math.inf), eval_episodes=(1, math.inf), num_threads=(1, os.cpu_count()))
+    ranges |= dict(eval_every=(0, math.inf), checkpoint_every=(0, math.inf), seed=(0, 2**32 - 1))
+    for name, (low, high) in ranges.items():
+        for value in np.ravel(getattr(args, name, [])):
+            fits = low <= value <= high and math.isfinite(value)
+            require(fits, f"--{name.replace('_', '-')} must lie in [{low}, {high}], it is {value}")
+
+
+def set_up_torch(args) -> torch.device:
+    """Seed every random generator, set the number of threads, and return the device."""
+    device, gpu = getattr(args, "device", "cpu"), torch.cuda.is_available()
+    fits = device in ("auto", "cpu") or (device == "cuda" and gpu)
+    require(fits, f"--device must be auto, cpu or, with a GPU, cuda, it is {device}")
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(getattr(args, "num_threads", 1))
+    return torch.device("cuda" if gpu and device != "cpu" else "cpu")
+
+
+class Episodes(gym.Wrapper):
+    """Counts episodes' returns and lengths, copies observations, and refuses numbers that are not finite."""
+
+    def reset(self, **kwargs):
+        obs, info = self.env.reset(**kwargs)
+        self.episode = {"r": 0.0, "l": 0}
+        return copy.copy(obs), info
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        reward = float(np.asarray(reward).item())  # which may have the shape (1,)
+        if not (math.isfinite(reward) and np.isfinite(obs).all()):
+            raise FloatingPointError(f"{self.spec.id} gave the observation {obs} and the reward {reward}")
+        self.episode = {"r": self.episode["r"] + reward, "l": self.episode["l"] + 1}
+        if terminated or truncated:
+            info = info | {"episode": self.episode}
+        return copy.copy(obs), reward, bool(terminated), bool(truncated), info
+
+
+def make_env(args, film: Path | None = None) -> gym.Env:
+    """The environment of the settings; with `film`, its first episode is recorded in that folder."""
+    if args.capture_video and sys.platform == "linux" and "DISPLAY" not in os.environ:
         os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo draws without a display
     gym.logger.min_level = gym.logger.ERROR  # no word about newer versions of the environment at each evaluation
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # where `my_module:MyEnv-v0` may be
     try:
-        env = gym.make(env_id, render_mode="rgb_array" if film else None, **json.loads(env_kwargs))
+        kwargs = json.loads(args.env_kwargs) | ({"render_mode": "rgb_array"} if args.capture_video else {})
+        env = gym.make(args.env_id, **kwargs)
+        if args.capture_video:  # what a film lacks is found before training
+            importlib.import_module("moviepy")
+            env.reset(seed=args.seed)
+            env.render()
         if film:
             env = gym.wrappers.RecordVideo(env, str(film), episode_trigger=lambda episode: episode == 0)
-    except (gym.error.Error, ImportError, RuntimeError, TypeError, ValueError) as error:
-        require(False, f"cannot make {env_id}: {error}")
-    return gym.wrappers.RecordEpisodeStatistics(env)
+    except Exception as error:  # whatever an environment raises, its user reads one line
+        problem = str(error) or type(error).__name__
+        require(False, f"cannot make {args.env_id} with --env-kwargs {args.env_kwargs}: {problem}")
+    return Episodes(env)
+
+
+def require_spaces(env: gym.Env, obs: str, action: str):
+    """Exit with code 2 and one line unless the spaces are of these kinds, such as "Discrete or vector": see kind_of."""
+    scripts = {"Discrete Discrete": "q_learning, sarsa", "vector Discrete": "dqn, ppo", "vector vector": "td3, ppo"}
+    scripts |= {"vector MultiDiscrete": "ppo", "image Discrete": "dqn_atari, ppo_atari"}
+    kinds = [kind_of(space) for space in (env.observation_space, env.action_space)]
+    for kind, needed in zip(kinds, (obs, action)):
+        problem = f"{Path(__file__).stem} needs {obs} observations and {action} actions; {env.spec.id} has "
+        problem += f"{env.observation_space} and {env.action_space}; try "
+        problem += scripts.get(" ".join(kind.removeprefix("bounded ") for kind in kinds), "another environment")
+        require({kind, kind.removeprefix("bounded ")} & set(needed.split(" or ")), problem)
+
+
+def kind_of(space: gym.Space) -> str:
+    """Discrete, MultiDiscrete (from 0 on), vector, bounded vector (Boxes of one axis), image (of bytes) or other."""
+    if isinstance(space, gym.spaces.Box):
+        image = len(space.shape) == 3 and space.dtype in (np.uint8, bool)
+        vector = "bounded vector" if space.is_bounded() else "vector"
+        return vector if len(space.shape) == 1 else "image" if image else "other"
+    discrete = isinstance(space, (gym.spaces.Discrete, gym.spaces.MultiDiscrete)) and not np.any(space.start)
+    return type(space).__name__ if discrete else "other"
 
 
 def evaluate(act, env: gym.Env, episodes: int, max_steps: int = 27_000) -> list[float]:
-    """Undiscounted returns of `act` (observation -> action) in `env`, always from the same seeds; closes `env`."""
+    """Undiscounted returns of `act` without exploration in `env`, always from the same seeds; closes `env`."""
     returns = []
     for episode in range(episodes):
         obs, _ = env.reset(seed=10_000 + episode)
         returns.append(0.0)
         for _ in range(max_steps):  # where no time limit ends an episode, a greedy policy may walk in circles
-            obs, reward, terminated, truncated, _ = env.step(act(obs))
-            returns[-1] += float(reward)
+            obs, reward, terminated, truncated, _ = env.step(act(obs, explore=False))
+            returns[-1] += reward
             if terminated or truncated:
                 break
-    env.close()
+    with contextlib.suppress(Exception):  # an environment that cannot be closed has been evaluated all the same
+        env.close()
     return returns
 
 
-def pyplot():
-    """matplotlib's pyplot, imported only when a figure is asked for, drawing into files."""
-    try:
-        from matplotlib import pyplot
-    except ImportError:
-        require(False, "a figure needs matplotlib: pip install matplotlib")
-    pyplot.switch_backend("agg")
-    return pyplot
-
-
 class Run:
-    """A run's folder and what goes there: settings, TensorBoard log, checkpoint, result; and its progress bar."""
+    """A run's folder (settings, TensorBoard log, checkpoint, result), its clock and its progress bar.
 
-    def __init__(self, script: str, args):
-        require(min(args.total_timesteps, args.eval_episodes) >= 1, "total_timesteps, eval_episodes must be positive")
-        require(min(args.eval_every, args.checkpoint_every) >= 0, "eval_every, checkpoint_every must not be negative")
-        require(0 <= args.seed < 2**32, "seed must lie in [0, 2**32)")
-        if args.resume:
-            settings = Path(args.resume) / "args.json"
-            saved = json.loads(settings.read_text()) if settings.is_file() else {}
-            given, default = asdict(args) | {"run_dir": args.resume}, asdict(type(args)())
-            mine = saved.pop("script", "") == script and saved.keys() == given.keys()
-            require(mine, f"{args.resume} is not the folder of a run of this {script}")
-            saved |= {"run_dir": args.resume, "resume": args.resume}
-            typed = {word.split("=")[0].strip("-").replace("-", "_") for word in sys.argv[1:]}
-            other = [k for k in given if given[k] != saved[k] and (given[k] != default[k] or k in typed)]
-            require(not other, f"{args.resume} has other settings: " + ", ".join(f"{k} {saved[k]}" for k in other))
-            args = type(args)(**saved)
-        name = f"{args.env_id.replace('/', '-')}__{script}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-        self.script, self.args, self.folder = script, args, Path(args.run_dir or f"runs/{name}")
+    `with Run(args, **parts)` opens the folder or, to resume, loads its checkpoint into the parts, each with a
+    state_dict. Ctrl-C and SIGTERM end the run at the end of a step, with a checkpoint. A full disk and numbers that are
+    not finite end it with one line; the last checkpoint then stays as it is.
+    """
 
-    def start(self, last: int, **parts):
-        """Open the folder; load the checkpoint of the run to resume, if there is one. The run ends at step `last`."""
-        self.last, self.parts, self.step, self.seconds = last, parts, 0, 0.0
-        self.sums, self.next_line, self.status = {}, 30.0, "no episode yet"
-        checkpoint = self.folder / "checkpoint.pt"
-        if not self.args.resume:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for old in (checkpoint, self.folder / "result.json"):
-                old.unlink(missing_ok=True)
-            (self.folder / "args.json").write_text(json.dumps({"script": self.script, **asdict(self.args)}, indent=1))
-        elif checkpoint.exists():
-            state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=os.name == "posix")
+    def __init__(self, args, **parts):
+        name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        self.folder = Path(args.run_dir or f"runs/{name}").absolute()  # an environment may change the working folder
+        self.args, self.parts, self.step, self.seconds, self.saved, self.flushed = args, parts, 0, 0.0, -1, 0
+        self.sums, self.next_line, self.status, self.signal = {}, 30.0, "no episode yet", 0
+        free = args.resume or not (self.folder / "args.json").exists()
+        require(free, f"{self.folder} holds a run: --resume it, or choose another --run-dir")
+        if args.resume and (self.folder / "checkpoint.pt").exists():
+            self.load(self.folder / "checkpoint.pt")
+        settings = json.dumps({"script": Path(__file__).stem, **asdict(args)}, indent=1)
+        self.write("args.json", lambda path: path.write_text(settings))
+        self.writer = SummaryWriter(self.folder, purge_step=self.step + (self.step < args.total_timesteps))
+        self.bar = tqdm(initial=self.step, total=args.total_timesteps, unit="step", disable=None)
+        self.began = time.perf_counter() - self.seconds
+
+    def __enter__(self):
+        with contextlib.suppress(ValueError):  # only the main thread receives signals
+            signal.signal(signal.SIGINT, self.interrupt)
+            signal.signal(signal.SIGTERM, self.interrupt)
+        return self
+
+    def interrupt(self, number: int, frame):
+        """The run ends with this step, or after this evaluation; the same signal again ends it at once."""
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def load(self, path: Path):
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=os.name == "posix")
             self.step, self.seconds, (cpu, *gpus) = state["step"], state["seconds"], state["rng"]
             torch.set_rng_state(cpu)
             torch.cuda.set_rng_state_all(gpus[: torch.cuda.device_count()])
-            for name, part in parts.items():
+            for name, part in self.parts.items():
                 part.load_state_dict(state[name])
-        self.writer = SummaryWriter(self.folder, purge_step=self.step + 1)
-        self.bar = tqdm(initial=self.step, total=last, unit="step", disable=None)
-        self.began = time.perf_counter() - self.seconds
+        except Exception as error:  # cut off, empty, of other settings
+            require(False, f"{path} is not a checkpoint of this run: {error!r:.200}")
+        self.saved = self.flushed = self.step
+
+    def write(self, name: str, save):
+        """Let save(path) write a file aside, then put it in place: a crash leaves the old file or the new one."""
+        aside = self.folder / f"{name}.tmp"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save(aside)
+            os.replace(aside, self.folder / name)
+        except (OSError, RuntimeError) as error:  # no permission, a full disk
+            with contextlib.suppress(OSError):
+                aside.unlink()
+            require(False, f"cannot write {self.folder / name}; what was saved before stays: {error!r:.200}")
 
     def advance(self, count: int = 1):
         """`count` more environment steps are done."""
         self.step, self.stride, self.seconds = self.step + count, count, time.perf_counter() - self.began
         self.bar.update(count)
-        if self.due(max(self.last // 500, 1)):
+        if self.due(max(self.args.total_timesteps // 500, 1)):
             self.flush()
         if self.bar.disable and self.seconds > self.next_line:  # no terminal: a line now and then
-            self.next_line = self.seconds + 30
-            print(f"{self.step}/{self.last} steps | {self.status} | {self.step / self.seconds:.0f} steps/s", flush=True)
+            self.next_line, speed = self.seconds + 30, self.step / self.seconds
+            print(f"{self.step}/{self.args.total_timesteps} steps | {self.status} | {speed:.0f} steps/s", flush=True)
 
     def due(self, every: int) -> bool:
         """Did the latest steps complete a multiple of `every`? Not at the end: `finish` evaluates and saves anyway."""
-        return every > 0 and self.step % every < self.stride and self.step < self.last
+        return every > 0 and self.step % every < self.stride and self.step < self.args.total_timesteps
 
     def log(self, scalars: dict):
         """Collect scalars; five hundred times a run their means since the last time go to TensorBoard."""
@@ -345,46 +370,108 @@ class Run:
         self.bar.set_description_str(self.status, refresh=False)
 
     def flush(self):
-        """Write what `log` collected. A loss that is not finite ends the run: the last checkpoint is still good."""
-        for tag, (total, count) in self.sums.items():
-            mean = float(total) / count
-            good = math.isfinite(mean) or not tag.startswith("losses/")
-            require(good, f"{tag} is {mean} at step {self.step}; the last good checkpoint, if any, is in {self.folder}")
-            self.writer.add_scalar(tag, mean, self.step)
-        self.writer.add_scalar("charts/steps_per_second", self.step / self.seconds, self.step)
-        self.sums = {}
+        """Write what `log` collected, at most once a step. A loss that is not finite ends the run."""
+        if self.step > self.flushed:
+            self.log({"charts/steps_per_second": self.step / self.seconds})
+            for tag, (total, count) in self.sums.items():
+                mean = float(total) / count
+                if tag.startswith("losses/") and not math.isfinite(mean):
+                    raise FloatingPointError(f"{tag} is {mean}")
+                self.writer.add_scalar(tag, mean, self.step)
+            self.sums, self.flushed = {}, self.step
 
     def save(self):
-        """Write the checkpoint aside, then put it in place: a kill leaves the old one or the new one, never a half."""
+        """Write the checkpoint, unless one of its numbers is not finite."""
         self.flush()
         self.writer.flush()
-        rng = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
-        states = {name: part.state_dict() for name, part in self.parts.items()}
-        torch.save({"step": self.step, "seconds": self.seconds, "rng": rng, **states}, self.folder / "checkpoint.tmp")
-        os.replace(self.folder / "checkpoint.tmp", self.folder / "checkpoint.pt")
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        if not is_finite(state):
+            raise FloatingPointError("a number in the checkpoint is not finite")
+        state |= {"step": self.step, "seconds": self.seconds}
+        state["rng"] = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+        self.write("checkpoint.pt", lambda path: torch.save(state, path))
+        self.saved = self.step
 
     def evaluate_and_save(self, evaluation):
-        """Each when it is due; `evaluation` returns the returns of its episodes."""
+        """Each when it is due; `evaluation` returns the returns of its episodes. Ends the run after a signal."""
         if self.due(self.args.eval_every):
             self.writer.add_scalar("eval/return", np.mean(evaluation()), self.step)
-        if self.due(self.args.checkpoint_every):
+        if self.due(self.args.checkpoint_every) or self.signal:
             self.save()
+        if self.signal:
+            print(f"\nstopped at step {self.step}; continue with --resume {self.folder}", file=sys.stderr)
+            raise SystemExit(128 + self.signal)
 
     def finish(self, evaluation) -> dict:
         """Save, evaluate once more (and film it, if asked), write result.json, print the final line."""
-        self.save()
+        if self.step > self.saved:
+            self.save()
         self.bar.close()
         returns = evaluation(self.folder / "videos" if self.args.capture_video else None)
         mean, std, speed = float(np.mean(returns)), float(np.std(returns)), self.step / self.seconds
         self.writer.add_scalar("eval/return", mean, self.step)
-        self.writer.close()
-        result = {"script": self.script, "args": asdict(self.args), "return": mean, "std": std, "returns": returns}
-        result |= {"steps": self.step, "seconds": self.seconds, "steps_per_second": speed}
-        (self.folder / "result.json").write_text(json.dumps(result, indent=1))
+        result = {"script": Path(__file__).stem, "args": asdict(self.args), "return": mean, "std": std}
+        result |= {"returns": returns, "steps": self.step, "seconds": self.seconds, "steps_per_second": speed}
+        self.write("result.json", lambda path: path.write_text(json.dumps(result, indent=1)))
         print(f"final: return {mean:.2f} ± {std:.2f} over {len(returns)} episodes", end=" | ")
         print(f"{self.step} steps | {self.seconds:.1f} s | {speed:.0f} steps/s")
         return result
 
+    def __exit__(self, kind, error, trace):
+        """Say in one line why the loop ended early; below it, an error of the environment keeps its traceback."""
+        with contextlib.suppress(ValueError):
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self.bar.close()
+        self.writer.close()
+        if isinstance(error, Exception):
+            ending = f"at step {self.step}; the last good checkpoint, if any, is in {self.folder}"
+            broken = [f"{name} is not finite" for name, part in self.parts.items() if not is_finite(part.state_dict())]
+            problems = broken + [str(error)] * isinstance(error, FloatingPointError)
+            require(not problems, f"{', '.join(problems)} {ending}")
+            print(f"{type(error).__name__} {ending}", file=sys.stderr)
+
+
+def is_finite(state) -> bool:
+    """Are all numbers of a state_dict finite?"""
+    if isinstance(state, torch.Tensor):
+        return bool(state.isfinite().all())
+    inner = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
+    return all(map(is_finite, inner))
+
+
+def saved_args(folder: str) -> Args:
+    """The settings of the run in this folder, to resume it; exits with code 2 and one line if it holds no such run."""
+    path, script, default = Path(folder) / "args.json", Path(__file__).stem, asdict(Args())
+    try:
+        saved = json.loads(path.read_text())
+        fits = saved.pop("script") == script and saved.keys() == default.keys()
+        fits = fits and all(isinstance(saved[name], (type(default[name]), int)) for name in default)
+    except Exception:  # no such file, no JSON, not what a run writes
+        fits = False
+    require(fits, f"{path} does not hold the settings of a run of {script}")
+    return Args(**saved | {"run_dir": folder, "resume": folder})
+
+
+def main():
+    """Train with the settings of the command line; beside --resume, with those of the run in that folder."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal without UTF-8
+    description = __doc__.replace("\n", "\n ")  # tyro keeps the line breaks before indented lines
+    args = tyro.cli(Args, description=description)
+    if args.resume:
+        saved = saved_args(args.resume)
+        args = tyro.cli(Args, description=description, default=saved)
+        renewable = {"total_timesteps", "eval_every", "eval_episodes", "checkpoint_every", "capture_video"}
+        renewable |= {"device", "num_threads", "compile"}
+        other = {name for name, value in vars(args).items() if value != vars(saved)[name]} - renewable
+        require(not other, f"beside --resume, leave out {', '.join(sorted(other))}: these settings of a run stay")
+    try:
+        train(args)
+    except (MemoryError, RuntimeError) as error:
+        require("memory" not in f"{error!r}".lower(), f"not enough memory: {error}")
+        raise
+
 
 if __name__ == "__main__":
-    train(tyro.cli(Args))
+    main()

@@ -1,13 +1,13 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["gymnasium", "matplotlib", "numpy", "tensorboard", "torch", "tyro"]
+# dependencies = ["gymnasium", "moviepy", "numpy", "tensorboard", "torch", "tyro"]
 # ///
-"""Value iteration: sweep with the best action's value until nothing changes, then act greedily.
+"""Value iteration: sweep with the value of the best action until nothing changes, then act greedily.
 
 Paper   Bellman, 1957, "A Markovian Decision Process". https://www.jstor.org/stable/24900506
         Sutton & Barto, 2018, section 4.4. http://incompleteideas.net/book/the-book-2nd.html
 Notes   "Dynamic Programming"; the lines of pics/rl_3.png, numbered
-Run     python algos/value_iteration.py --env-id Gambler-v0 --plot gambler.png
+Run     python algos/value_iteration.py --env-id Gambler-v0 --eval-episodes 10000
         python algos/value_iteration.py --env-id Taxi-v4 --eval-episodes 1000
 
      1  V(s) ← 0 for all s, terminal ones included
@@ -20,21 +20,26 @@ Run     python algos/value_iteration.py --env-id Gambler-v0 --plot gambler.png
      8  until Δ < θ
      9  output π(s) = argmax_a Σ_{s',r} p(s', r | s, a) [r + γ V(s')]
 
-Beyond the pseudo-code: a sweep computes all V(s) at once from the old V, the same limit in a few more sweeps. Where
-actions are equally good (within `tie`) line 9 takes the first, the gambler's smallest stake: left to rounding errors,
-the policy's picture would look random. Where γ = 1 and circles are free, as on frozen lakes, a greedy policy may circle
-for ever (FrozenLake8x8-v1: return 0), and the picture's "initialise V arbitrarily" may end above v*; take γ = 0.999.
+Beyond the pseudo-code: a sweep computes all V(s) at once from the old V, which has the same limit and takes a few more
+sweeps. Of actions that are equally good (within `tie`) line 9 takes the first, the gambler's smallest stake; decided by
+rounding errors, the policy would look random. With γ = 1 and steps that cost nothing, as on frozen lakes, a greedy
+policy may walk in circles (FrozenLake8x8-v1: return 0), and the picture's "initialise V arbitrarily" may end above v*;
+there, take γ = 0.999.
 
-Result  V(50) = 0.4, return 0.41 ± 0.49 over 1000 episodes, 40 sweeps: the first command with --eval-episodes 1000
-        return 7.91 ± 2.57 over 1000 episodes, 19 sweeps: the second
+Result  first command: V(50) = 0.4 after 40 sweeps, return ? over 10000 episodes
+        second command: return ? over 1000 episodes after 19 sweeps, the optimum being 7.93
+        Figure 4.3: benchmark/figures/gambler.png
 """
 
+import contextlib
+import copy
+import importlib
 import json
 import math
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import gymnasium as gym
@@ -51,22 +56,20 @@ class Args:
     env_kwargs: str = "{}"
     """arguments of the environment, as JSON"""
     gamma: float = 1.0
-    """γ, discount"""
+    """discount factor, γ of lines 6 and 9"""
     theta: float = 1e-12
-    """θ, a change of V that ends the sweeps"""
+    """threshold of the largest change of V, below which the sweeps end, θ of line 8"""
     tie: float = 1e-9
-    """how much worse than the best an action may be that counts as equally good"""
+    """difference to the best value up to which an action counts as equally good in line 9"""
     max_sweeps: int = 100_000
-    """sweeps after which it is given up"""
-    plot: str = ""
-    """file for the book's figure, drawn after the run; none if empty"""
+    """number of sweeps after which the run ends with an error"""
 
     seed: int = 1
-    """seeds the first state, whose value is printed; planning draws nothing"""
+    """seed of the first state, whose value is printed; planning itself draws nothing"""
     run_dir: str = ""
-    """folder of log, checkpoint and result; runs/<env>__<script>__<seed>__<time> if empty"""
+    """folder of log, checkpoint and result; if empty, runs/<env>__<script>__<seed>__<time>"""
     eval_episodes: int = 10
-    """episodes of the policy that came out"""
+    """episodes of the resulting policy in the evaluation"""
     capture_video: bool = False
     """film the first episode of the last evaluation"""
 
@@ -88,91 +91,66 @@ class ValueIteration:
         return np.abs(v - self.v).max()  # lines 3, 7
 
     def policy(self) -> np.ndarray:
+        """π (S,)."""
         q = self.q()
         return (q >= q.max(axis=1, keepdims=True) - self.args.tie).argmax(axis=1)  # line 9, the first of the best
 
 
 def train(args: Args) -> dict:
     """Plan, evaluate, and return what <run_dir>/result.json holds."""
-    run = ShortRun("value_iteration", args.env_id, args)
-    require(0 <= args.gamma <= 1, "gamma must lie in [0, 1]")
-    require(args.theta > 0 and args.tie >= 0, "theta must be positive, tie not negative")
-    require(args.max_sweeps >= 1, "max_sweeps must be positive")
-    env = make_env(args.env_id, args.env_kwargs)
-    agent = ValueIteration(*model_of(env, args.env_id), args)  # line 1
+    check(args, gamma=(0, 1), theta=(0, math.inf), tie=(0, math.inf), max_sweeps=(1, math.inf))
+    require(args.theta > 0, "--theta must be positive")
+    env = make_env(args)
+    require_spaces(env, obs="Discrete", action="Discrete")
+    agent = ValueIteration(*model_of(env), args)  # line 1
     s0, _ = env.reset(seed=args.seed)
 
     def evaluation(film: Path | None = None) -> list[float]:
         policy = agent.policy()  # line 9
-        env = make_env(args.env_id, args.env_kwargs, film)
-        return evaluate(lambda s: int(policy[s]), env, args.eval_episodes, max_steps=1_000)
+        return evaluate(lambda s, explore: int(policy[s]), make_env(args, film), args.eval_episodes, max_steps=1_000)
 
-    run.start()
-    delta = math.inf
-    while delta >= args.theta:  # lines 2, 8
-        delta = agent.sweep()  # lines 3-7
-        run.advance()
-        run.log({"charts/value_of_first_state": agent.v[s0], "losses/delta": delta})
-        require(run.step < args.max_sweeps, "V does not converge: lower gamma")
-    print(f"sweeps: {run.step}, value of state {s0}: {agent.v[s0]:.6g}")
-    if args.plot:
-        figure(args)
-    return run.finish(evaluation)
-
-
-# The book's world and figure
-
-
-def gambler(p_h: float = 0.4, render_mode: str | None = None) -> "TableWorld":
-    """Example 4.3: action a stakes a + 1, or what can be staked; heads, with chance p_h, wins it; 100 pays 1."""
-    P = {0: [[(1.0, 0, 0.0, True)]] * 50, 100: [[(1.0, 100, 0.0, True)]] * 50}
-    for s in range(1, 100):
-        stakes = [min(a + 1, s, 100 - s) for a in range(50)]
-        P[s] = [[(p_h, s + x, float(s + x == 100), s + x == 100), (1 - p_h, s - x, 0.0, s == x)] for x in stakes]
-    return TableWorld(P, start=50, shape=(1, 101), render_mode=render_mode)
-
-
-gym.register("Gambler-v0", gambler, disable_env_checker=True)
-
-
-def figure(args: Args):
-    """Figure 4.3, p_h = 0.4: the value estimates of some sweeps, and the smallest of the best stakes."""
-    plt = pyplot()
-    _, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
-    agent = ValueIteration(*model_of(gambler(), ""), replace(args, gamma=1.0))
-    capital, sweeps, delta = np.arange(1, 100), 0, 1.0
-    while delta >= args.theta:
-        delta, sweeps = agent.sweep(), sweeps + 1
-        if sweeps in (1, 2, 3, 32) or delta < args.theta:
-            left.plot(capital, agent.v[1:100], label=f"sweep {sweeps}", lw=1)
-    left.set(xlabel="capital", ylabel="value estimate", xlim=(0, 100), ylim=(0, 1))
-    left.legend(frameon=False)
-    right.bar(capital, agent.policy()[1:100] + 1, width=1.0)
-    right.set(xlabel="capital", ylabel="stake", xlim=(0, 100))
-    plt.savefig(args.plot, dpi=130)
+    with ShortRun(args, world=args.env_id) as run:
+        delta = math.inf
+        while not delta < args.theta:  # lines 2, 8
+            require(run.step < args.max_sweeps, "V does not converge: lower --gamma")
+            delta = agent.sweep()  # lines 3-7
+            run.advance()
+            run.log({"charts/value_of_first_state": agent.v[s0], "charts/delta": delta})
+        print(f"sweeps: {run.step}, value of state {s0}: {agent.v[s0]:.6g}")
+        return run.finish(evaluation)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Plumbing: the same, to the letter, in every script that has it
-# ----------------------------------------------------------------------------------------------------------------------
+# Plumbing: the same in every script that has it
 
 
 def require(condition: bool, message: str):
-    """Leave with one line and exit code 2 unless the condition holds."""
+    """Exit with code 2 and one line unless the condition holds."""
     if not condition:
         print("error:", *message.split(), file=sys.stderr)
         raise SystemExit(2)
 
 
-def model_of(env: gym.Env, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """The table env.unwrapped.P as p (S, A, S), the chance of going on in s', and r (S, A), the expected reward."""
-    table = getattr(env.unwrapped, "P", None)
-    require(table is not None, f"planning needs a table env.unwrapped.P, {name} has none; monte_carlo does without")
-    p, r = np.zeros((len(table), len(table[0]), len(table))), np.zeros((len(table), len(table[0])))
-    for s, a in np.ndindex(r.shape):
-        chance, s2, reward, terminated = map(np.array, zip(*table[s][a]))
-        r[s, a] = chance @ reward
-        np.add.at(p[s, a], s2, chance * ~terminated)
+def check(args, **ranges: tuple[float, float]):
+    """Exit with code 2 and one line unless the settings are finite and lie in these closed ranges."""
+    ranges |= dict(total_timesteps=(1, math.inf), eval_episodes=(1, math.inf), num_threads=(1, os.cpu_count()))
+    ranges |= dict(eval_every=(0, math.inf), checkpoint_every=(0, math.inf), seed=(0, 2**32 - 1))
+    for name, (low, high) in ranges.items():
+        for value in np.ravel(getattr(args, name, [])):
+            fits = low <= value <= high and math.isfinite(value)
+            require(fits, f"--{name.replace('_', '-')} must lie in [{low}, {high}], it is {value}")
+
+
+def model_of(env: gym.Env) -> tuple[np.ndarray, np.ndarray]:
+    """The table env.unwrapped.P as p (S, A, S), probabilities of going on in s', and r (S, A), expected rewards."""
+    table, shape = getattr(env.unwrapped, "P", None), (env.observation_space.n, env.action_space.n)
+    require(table is not None, "planning needs a table env.unwrapped.P, which this environment lacks; try monte_carlo")
+    p, r = np.zeros((*shape, shape[0])), np.zeros(shape)
+    for s, a in np.ndindex(shape):
+        for chance, s2, reward, terminated in table[s][a]:
+            r[s, a] += chance * reward
+            p[s, a, s2] += chance * (not terminated)
+    require(np.isfinite(r).all(), "the table env.unwrapped.P has rewards that are not finite")
     return p, r
 
 
@@ -204,66 +182,120 @@ class TableWorld(gym.Env):
         return np.kron(cells, np.ones((32, 32), np.uint8))[:, :, None].repeat(3, axis=2)
 
 
-def make_env(env_id: str, env_kwargs: str, film: Path | None = None) -> gym.Env:
-    """The environment, its episodes counted; with `film`, the first of them recorded into that folder."""
-    if film and sys.platform == "linux" and "DISPLAY" not in os.environ:
+class Episodes(gym.Wrapper):
+    """Counts episodes' returns and lengths, copies observations, and refuses numbers that are not finite."""
+
+    def reset(self, **kwargs):
+        obs, info = self.env.reset(**kwargs)
+        self.episode = {"r": 0.0, "l": 0}
+        return copy.copy(obs), info
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        reward = float(np.asarray(reward).item())  # which may have the shape (1,)
+        if not (math.isfinite(reward) and np.isfinite(obs).all()):
+            raise FloatingPointError(f"{self.spec.id} gave the observation {obs} and the reward {reward}")
+        self.episode = {"r": self.episode["r"] + reward, "l": self.episode["l"] + 1}
+        if terminated or truncated:
+            info = info | {"episode": self.episode}
+        return copy.copy(obs), reward, bool(terminated), bool(truncated), info
+
+
+def make_env(args, film: Path | None = None) -> gym.Env:
+    """The environment of the settings; with `film`, its first episode is recorded in that folder."""
+    if args.capture_video and sys.platform == "linux" and "DISPLAY" not in os.environ:
         os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo draws without a display
     gym.logger.min_level = gym.logger.ERROR  # no word about newer versions of the environment at each evaluation
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # where `my_module:MyEnv-v0` may be
     try:
-        env = gym.make(env_id, render_mode="rgb_array" if film else None, **json.loads(env_kwargs))
+        kwargs = json.loads(args.env_kwargs) | ({"render_mode": "rgb_array"} if args.capture_video else {})
+        env = gym.make(args.env_id, **kwargs)
+        if args.capture_video:  # what a film lacks is found before training
+            importlib.import_module("moviepy")
+            env.reset(seed=args.seed)
+            env.render()
         if film:
             env = gym.wrappers.RecordVideo(env, str(film), episode_trigger=lambda episode: episode == 0)
-    except (gym.error.Error, ImportError, RuntimeError, TypeError, ValueError) as error:
-        require(False, f"cannot make {env_id}: {error}")
-    return gym.wrappers.RecordEpisodeStatistics(env)
+    except Exception as error:  # whatever an environment raises, its user reads one line
+        problem = str(error) or type(error).__name__
+        require(False, f"cannot make {args.env_id} with --env-kwargs {args.env_kwargs}: {problem}")
+    return Episodes(env)
+
+
+def require_spaces(env: gym.Env, obs: str, action: str):
+    """Exit with code 2 and one line unless the spaces are of these kinds, such as "Discrete or vector": see kind_of."""
+    scripts = {"Discrete Discrete": "q_learning, sarsa", "vector Discrete": "dqn, ppo", "vector vector": "td3, ppo"}
+    scripts |= {"vector MultiDiscrete": "ppo", "image Discrete": "dqn_atari, ppo_atari"}
+    kinds = [kind_of(space) for space in (env.observation_space, env.action_space)]
+    for kind, needed in zip(kinds, (obs, action)):
+        problem = f"{Path(__file__).stem} needs {obs} observations and {action} actions; {env.spec.id} has "
+        problem += f"{env.observation_space} and {env.action_space}; try "
+        problem += scripts.get(" ".join(kind.removeprefix("bounded ") for kind in kinds), "another environment")
+        require({kind, kind.removeprefix("bounded ")} & set(needed.split(" or ")), problem)
+
+
+def kind_of(space: gym.Space) -> str:
+    """Discrete, MultiDiscrete (from 0 on), vector, bounded vector (Boxes of one axis), image (of bytes) or other."""
+    if isinstance(space, gym.spaces.Box):
+        image = len(space.shape) == 3 and space.dtype in (np.uint8, bool)
+        vector = "bounded vector" if space.is_bounded() else "vector"
+        return vector if len(space.shape) == 1 else "image" if image else "other"
+    discrete = isinstance(space, (gym.spaces.Discrete, gym.spaces.MultiDiscrete)) and not np.any(space.start)
+    return type(space).__name__ if discrete else "other"
 
 
 def evaluate(act, env: gym.Env, episodes: int, max_steps: int = 27_000) -> list[float]:
-    """Undiscounted returns of `act` (observation -> action) in `env`, always from the same seeds; closes `env`."""
+    """Undiscounted returns of `act` without exploration in `env`, always from the same seeds; closes `env`."""
     returns = []
     for episode in range(episodes):
         obs, _ = env.reset(seed=10_000 + episode)
         returns.append(0.0)
         for _ in range(max_steps):  # where no time limit ends an episode, a greedy policy may walk in circles
-            obs, reward, terminated, truncated, _ = env.step(act(obs))
-            returns[-1] += float(reward)
+            obs, reward, terminated, truncated, _ = env.step(act(obs, explore=False))
+            returns[-1] += reward
             if terminated or truncated:
                 break
-    env.close()
+    with contextlib.suppress(Exception):  # an environment that cannot be closed has been evaluated all the same
+        env.close()
     return returns
 
 
-def pyplot():
-    """matplotlib's pyplot, imported only when a figure is asked for, drawing into files."""
-    try:
-        from matplotlib import pyplot
-    except ImportError:
-        require(False, "a figure needs matplotlib: pip install matplotlib")
-    pyplot.switch_backend("agg")
-    return pyplot
-
-
 class ShortRun:
-    """A run of seconds, without checkpoint: its folder with settings, TensorBoard log and result, as `Run` has them."""
+    """A run of seconds, without checkpoints: its folder (settings, TensorBoard log, result) and its clock."""
 
-    def __init__(self, script: str, world: str, args):
-        require(args.eval_episodes >= 1, "eval_episodes must be positive")
-        require(args.seed >= 0, "seed must not be negative")
-        name = f"{world.replace('/', '-')}__{script}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-        self.script, self.args, self.folder = script, args, Path(args.run_dir or f"runs/{name}")
-
-    def start(self):
-        """Open the folder."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.writer, self.step, self.seconds = SummaryWriter(self.folder), 0, 0.0
+    def __init__(self, args, world: str):
+        name = f"{world.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        self.folder = Path(args.run_dir or f"runs/{name}").absolute()  # an environment may change the working folder
+        self.args, self.step, self.seconds = args, 0, 0.0
+        free = not (self.folder / "args.json").exists()
+        require(free, f"{self.folder} holds a run: choose another --run-dir")
+        try:
+            self.writer = SummaryWriter(self.folder, purge_step=0)  # hides what a run that was killed here has logged
+        except OSError as error:
+            require(False, f"cannot write {self.folder}: {error!r:.200}")
         self.began = time.perf_counter()
+
+    def __enter__(self):
+        return self
+
+    def write(self, name: str, content: dict):
+        """Write a JSON file aside, then put it in place: a crash leaves no half of it."""
+        aside = self.folder / f"{name}.tmp"
+        try:
+            aside.write_text(json.dumps(content, indent=1))
+            os.replace(aside, self.folder / name)
+        except OSError as error:  # a full disk
+            with contextlib.suppress(OSError):
+                aside.unlink()
+            require(False, f"cannot write {self.folder / name}: {error!r:.200}")
 
     def advance(self, count: int = 1):
         """`count` more steps are done."""
         self.step, self.seconds = self.step + count, time.perf_counter() - self.began
 
     def log(self, scalars: dict):
-        """Scalars of the present step."""
+        """Scalars of the present step, for TensorBoard."""
         for tag, value in scalars.items():
             self.writer.add_scalar(tag, float(value), self.step)
 
@@ -272,15 +304,47 @@ class ShortRun:
         returns = evaluation(self.folder / "videos" if getattr(self.args, "capture_video", False) else None)
         mean, std, speed = float(np.mean(returns)), float(np.std(returns)), self.step / self.seconds
         self.log({"eval/return": mean, "charts/steps_per_second": speed})
-        self.writer.close()
-        result = {"script": self.script, "args": asdict(self.args), "return": mean, "std": std, "returns": returns}
-        result |= {"steps": self.step, "seconds": self.seconds, "steps_per_second": speed}
-        (self.folder / "args.json").write_text(json.dumps({"script": self.script, **asdict(self.args)}, indent=1))
-        (self.folder / "result.json").write_text(json.dumps(result, indent=1))
+        result = {"script": Path(__file__).stem, "args": asdict(self.args), "return": mean, "std": std}
+        result |= {"returns": returns, "steps": self.step, "seconds": self.seconds, "steps_per_second": speed}
+        self.write("args.json", {"script": Path(__file__).stem, **asdict(self.args)})
+        self.write("result.json", result)
         print(f"final: return {mean:.2f} ± {std:.2f} over {len(returns)} episodes", end=" | ")
         print(f"{self.step} steps | {self.seconds:.1f} s | {speed:.0f} steps/s")
         return result
 
+    def __exit__(self, kind, error, trace):
+        self.writer.close()
+        if isinstance(error, KeyboardInterrupt):
+            print(f"\nstopped at step {self.step}; nothing is saved", file=sys.stderr)
+            raise SystemExit(130)
+
+
+def main_without_resume():
+    """Run with the settings of the command line."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal without UTF-8
+    args = tyro.cli(Args, description=__doc__.replace("\n", "\n "))  # tyro keeps the line breaks before indented lines
+    try:
+        train(args)
+    except (MemoryError, RuntimeError) as error:
+        require("memory" not in f"{error!r}".lower(), f"not enough memory: {error}")
+        raise
+
+
+# The book's world
+
+
+def gambler(p_h: float = 0.4, render_mode: str | None = None) -> TableWorld:
+    """Example 4.3: action a stakes a + 1, or what can be staked; heads, with chance p_h, wins it; 100 pays 1."""
+    P = {0: [[(1.0, 0, 0.0, True)]] * 50, 100: [[(1.0, 100, 0.0, True)]] * 50}
+    for s in range(1, 100):
+        stakes = [min(a + 1, s, 100 - s) for a in range(50)]
+        P[s] = [[(p_h, s + x, float(s + x == 100), s + x == 100), (1 - p_h, s - x, 0.0, s == x)] for x in stakes]
+    return TableWorld(P, start=50, shape=(1, 101), render_mode=render_mode)
+
+
+gym.register("Gambler-v0", gambler, disable_env_checker=True)
+
 
 if __name__ == "__main__":
-    train(tyro.cli(Args))
+    main_without_resume()

@@ -1,5 +1,6 @@
 """Bandits: the updates by hand, the choices by counting, and the book's curves within the tolerance of their noise."""
 
+import figures
 import numpy as np
 import pytest
 from conftest import load
@@ -8,7 +9,7 @@ bandits = load("algos/bandits.py")
 
 
 def agent_of(**settings):
-    args = bandits.Args(**{"eval_episodes": 1, "arms": 3} | settings)
+    args = bandits.Args(**{"bandits": 1, "arms": 3} | settings)
     return bandits.METHODS[args.method](args, np.random.default_rng(0))
 
 
@@ -28,28 +29,28 @@ def test_constant_step_keeps_some_of_the_optimism():
 
 
 def test_each_bandit_learns_from_its_own_arm():
-    agent = agent_of(eval_episodes=2)
+    agent = agent_of(bandits=2)
     agent.update(np.array([0, 2]), np.array([1.0, -3.0]), 1)
     assert agent.q.tolist() == [[1, 0, 0], [0, 0, -3]]
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 0.3, 1.0])
 def test_exploring_draws_among_all_arms_the_best_included(epsilon):
-    agent = agent_of(eval_episodes=30_000, epsilon=epsilon)
+    agent = agent_of(bandits=30_000, epsilon=epsilon)
     agent.q[:] = [1.0, 3.0, 2.0]
     share = np.bincount(agent.act(1), minlength=3) / 30_000
     assert share == pytest.approx([epsilon / 3, 1 - epsilon + epsilon / 3, epsilon / 3], abs=0.012)
 
 
 def test_equally_good_arms_are_chosen_between_at_random():
-    agent = agent_of(eval_episodes=30_000, epsilon=0.0)
+    agent = agent_of(bandits=30_000, epsilon=0.0)
     agent.q[:] = [-1.0, -2.0, -1.0]
     share = np.bincount(agent.act(1), minlength=3) / 30_000
     assert share == pytest.approx([0.5, 0.0, 0.5], abs=0.012)
 
 
 def test_ucb_tries_every_arm_first_then_adds_the_bonus():
-    agent = agent_of(method="ucb", eval_episodes=50, c=2.0)
+    agent = agent_of(method="ucb", bandits=50, c=2.0)
     tried = []
     for t in (1, 2, 3):
         tried.append(agent.act(t))
@@ -66,8 +67,10 @@ def test_ucb_tries_every_arm_first_then_adds_the_bonus():
 
 @pytest.mark.parametrize("baseline", [True, False])
 def test_gradient_bandit_by_the_formulas(baseline):
+    """Without baseline: the variant of the figure."""
     rng = np.random.default_rng(1)
-    agent = agent_of(method="gradient", alpha=0.4, eval_episodes=5, baseline=baseline)
+    algorithm = bandits.Gradient if baseline else figures.GradientWithoutBaseline
+    agent = algorithm(bandits.Args(method="gradient", alpha=0.4, arms=3, bandits=5), rng)
     h, r_bar = np.zeros((5, 3)), np.zeros(5)
     for t in range(1, 20):
         a, r = agent.act(t), rng.normal(4, 1, 5)
@@ -82,7 +85,7 @@ def test_gradient_bandit_by_the_formulas(baseline):
 
 
 def test_gradient_bandit_draws_from_the_softmax_of_large_preferences():
-    agent = agent_of(method="gradient", alpha=0.1, eval_episodes=30_000)
+    agent = agent_of(method="gradient", alpha=0.1, bandits=30_000)
     agent.h[:] = [1000.0, 1000.0 + np.log(3), -1000.0]
     share = np.bincount(agent.act(1), minlength=3) / 30_000
     assert share == pytest.approx([0.25, 0.75, 0.0], abs=0.012)
@@ -100,20 +103,22 @@ def test_every_bandit_has_arms_of_its_own():
 
 
 def test_same_seed_same_numbers():
-    one, two, other = (bandits.play(bandits.Args(total_timesteps=50, eval_episodes=5, seed=s)) for s in (1, 1, 2))
+    one, two, other = (figures.play(total_timesteps=50, bandits=5, seed=s) for s in (1, 1, 2))
     assert (one[0] == two[0]).all() and (one[0] != other[0]).any()
 
 
 def test_the_only_arm_is_the_optimal_one():
-    assert bandits.play(bandits.Args(arms=1, total_timesteps=5, eval_episodes=3))[1].all()
+    assert figures.play(arms=1, total_timesteps=5, bandits=3)[1].all()
 
 
 def test_result_is_the_mean_of_the_last_tenth(tmp_path, capsys):
-    args = bandits.Args(total_timesteps=55, eval_episodes=7, run_dir=str(tmp_path))
-    result = bandits.train(args)
-    assert result["returns"] == pytest.approx(bandits.play(args)[0][-6:].mean(axis=0))
+    result = bandits.train(bandits.Args(total_timesteps=55, bandits=7, run_dir=str(tmp_path)))
+    rewards, optimal = figures.play(total_timesteps=55, bandits=7)
+    assert result["returns"] == pytest.approx(rewards[-6:].mean(axis=0))
     assert result["steps"] == 55 * 7
-    assert capsys.readouterr().out.count("\n") == 1
+    share, final = capsys.readouterr().out.strip().split("\n")
+    assert share == f"optimal arm: {100 * optimal[-6:].mean():.0f} % of the last 6 pulls of each bandit"
+    assert final.startswith(f"final: return {rewards[-6:].mean():.2f} ± ")
 
 
 @pytest.mark.parametrize(
@@ -134,7 +139,7 @@ def test_bad_settings_end_with_one_line(settings, words, capsys, tmp_path):
 
 
 def test_ucb_has_its_spike_when_every_arm_was_pulled_once():
-    rewards, _ = bandits.play(bandits.Args(method="ucb", total_timesteps=12))
+    rewards, _ = figures.play(method="ucb", total_timesteps=12)
     assert rewards[:10].mean() == pytest.approx(0, abs=0.05)
     assert rewards[10].mean() == pytest.approx(1.08, abs=0.1)
     assert rewards[11].mean() < rewards[10].mean()
@@ -158,7 +163,8 @@ def test_ucb_has_its_spike_when_every_arm_was_pulled_once():
     ],
 )
 def test_book_figures_2_2_to_2_5(settings, reward, optimal):
-    rewards, found = bandits.play(bandits.Args(seed=2, **settings))
+    algorithm = None if settings.get("baseline", True) else figures.GradientWithoutBaseline
+    rewards, found = figures.play(algorithm, seed=2, **{k: v for k, v in settings.items() if k != "baseline"})
     if reward is not None:
         assert rewards[900:].mean() == pytest.approx(reward, abs=0.04)
     assert 100 * found[900:].mean() == pytest.approx(optimal, abs=3)

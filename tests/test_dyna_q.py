@@ -1,5 +1,6 @@
 """Dyna-Q's updates and its model by hand, the maze by breadth-first search, and its measured learning curves."""
 
+import figures
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -149,7 +150,7 @@ def test_plans_its_way_through_the_maze_by_the_third_episode():
     curves = []
     for seed in range(6):
         a = agent(n=50, seed=seed)
-        curves.append(dyna_q.learn(a, dyna_q.dyna_maze(), 50))
+        curves.append(figures.learn(a, dyna_q.dyna_maze(), 50)[:, 0])
         assert greedy_steps(a) <= 16
     mean = np.mean(curves, axis=0)
     assert mean[2:5].mean() < 25 and mean[40:].mean() == pytest.approx(16.2, abs=1.5)
@@ -166,7 +167,8 @@ def test_plans_its_way_through_the_maze_by_the_third_episode():
 )
 def test_learning_curves_of_the_maze(n, runs, measured):
     """Mean steps of an episode; that of 45 is the mean of 41 to 50. The first ones have long tails."""
-    mean = np.mean([dyna_q.learn(agent(n=n, seed=seed), dyna_q.dyna_maze(), 50) for seed in range(runs)], axis=0)
+    curves = [figures.learn(agent(n=n, seed=seed), dyna_q.dyna_maze(), 50)[:, 0] for seed in range(runs)]
+    mean = np.mean(curves, axis=0)
     for episode, (steps, tolerance) in measured.items():
         found = mean[40:50].mean() if episode == 45 else mean[episode - 1]
         assert found == pytest.approx(steps, abs=tolerance), episode
@@ -178,14 +180,7 @@ def test_learning_curves_of_the_maze(n, runs, measured):
         assert mean[2] < 25
 
 
-def test_draws_the_figure(tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(dyna_q, "learn", lambda a, env, episodes: drawn.append(a.args.n) or [20] * episodes)
-    dyna_q.figure(dyna_q.Args(plot=str(tmp_path / "figure.png")))
-    assert (tmp_path / "figure.png").stat().st_size > 10_000 and drawn == [0] * 30 + [5] * 30 + [50] * 30
-
-
-@pytest.mark.parametrize("settings, words", [(dict(env_id="CartPole-v1"), "Discrete obs"), (dict(n=-1), "n must")])
+@pytest.mark.parametrize("settings, words", [(dict(env_id="CartPole-v1"), "Discrete obs"), (dict(n=-1), "--n must")])
 def test_refuses(settings, words, tmp_path, capsys):
     with pytest.raises(SystemExit) as error:
         dyna_q.train(dyna_q.Args(**settings, run_dir=str(tmp_path / "run")))

@@ -1,5 +1,6 @@
 """n-step Sarsa by hand, against Sarsa (n = 1), against Monte Carlo (n = ∞), and the random walk's measured errors."""
 
+import figures
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -154,7 +155,7 @@ def test_train_passes_what_happened(cut, ends, tmp_path, monkeypatch):
     for t, (r, s2, terminated, truncated, a) in enumerate(told):
         assert (r, s2, a) == (t % length + 1.0, t % length + 1, taken[t])
         assert (terminated, truncated) == ((not cut) and t + 1 in ends, cut and t + 1 in ends)
-    assert starts == [0] * (5 if cut else 4) and len(told) == 10
+    assert starts == [0] * (6 if cut else 4) and len(told) == 10
 
 
 def test_random_walk_is_the_books():
@@ -171,14 +172,13 @@ def test_random_walk_is_the_books():
 
 
 def test_all_step_sizes_at_once_are_each_of_them():
-    args = n_step.Args(seed=4)
-    together = n_step.walk_errors(args, 3, np.array([0.1, 0.5]), runs=2)
-    assert together == pytest.approx([n_step.walk_errors(args, 3, np.array([x]), runs=2)[0] for x in (0.1, 0.5)])
-    assert n_step.walk_errors(args, 3, np.array([0.0]), runs=1) == pytest.approx(np.sqrt(0.3)), "v = 0"
+    together = errors(3, 0.1, 0.5, runs=2)
+    assert together == pytest.approx([errors(3, alpha, runs=2)[0] for alpha in (0.1, 0.5)])
+    assert errors(3, 0.0, runs=1) == pytest.approx(np.sqrt(0.3)), "v = 0"
 
 
 def errors(n, *alphas, runs=40):
-    return n_step.walk_errors(n_step.Args(), n, np.array(alphas), runs)
+    return figures.walk_errors(n, np.array(alphas), runs)
 
 
 def test_error_of_the_best_n():
@@ -193,15 +193,8 @@ def test_errors_of_the_random_walk():
         assert errors(n, alpha, runs=120)[0] == pytest.approx(error, abs=0.01)
 
 
-def test_draws_the_figure(tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(n_step, "walk_errors", lambda args, n, alphas, runs: drawn.append(n) or 0.3 + 0 * alphas)
-    n_step.figure(n_step.Args(plot=str(tmp_path / "figure.png")))
-    assert (tmp_path / "figure.png").stat().st_size > 10_000 and drawn == [2**k for k in range(10)]
-
-
 @pytest.mark.parametrize(
-    "settings, words", [(dict(env_id="CartPole-v1"), "Discrete observations"), (dict(n=0), "n must")]
+    "settings, words", [(dict(env_id="CartPole-v1"), "Discrete observations"), (dict(n=0), "--n must")]
 )
 def test_refuses(settings, words, tmp_path, capsys):
     with pytest.raises(SystemExit) as error:

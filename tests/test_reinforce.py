@@ -2,20 +2,24 @@
 
 import copy
 
+import figures
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+import torch.nn as nn
 from conftest import load
 
 reinforce = load("algos/reinforce.py")
 
-CORRIDOR = dict(env_id="ShortCorridor-v0", hidden=0, theta_0=2.944, alpha_theta=2**-9, alpha_w=2**-6, gamma=1.0)
 
-
-def agent(obs_dim=3, actions=2, **settings):
-    torch.manual_seed(settings.get("seed", 1))
-    return reinforce.Reinforce(obs_dim, actions, reinforce.Args(**settings))
+def agent(obs_dim=3, actions=2, linear=True, **settings):
+    torch.manual_seed(1)
+    if linear:
+        policy, v = nn.Linear(obs_dim, actions, bias=False), nn.Linear(obs_dim, 1, bias=False)
+    else:
+        policy, v = reinforce.network(obs_dim, 5, actions), reinforce.network(obs_dim, 5, 1)
+    return reinforce.Reinforce(policy, v, reinforce.Args(**settings))
 
 
 def softmax(x):
@@ -26,7 +30,7 @@ def softmax(x):
 @pytest.mark.parametrize("terminated", [True, False])
 def test_lines_5_to_9_by_hand(discount_w, terminated):
     """Linear π and v̂: ∇v̂ = s, ∇ln π(a|s) = (1[a] - π) s; the second step sees what the first one did to w and θ."""
-    a = agent(gamma=0.9, alpha_theta=0.1, alpha_w=0.2, hidden=0, discount_w=discount_w)
+    a = agent(gamma=0.9, alpha_theta=0.1, alpha_w=0.2, discount_w=discount_w)
     rng = np.random.default_rng(0)
     theta, w = rng.normal(size=(2, 3)), rng.normal(size=3)
     a.policy.weight.data, a.v.weight.data = torch.tensor(theta).float(), torch.tensor(w[None]).float()
@@ -47,7 +51,7 @@ def test_lines_5_to_9_by_hand(discount_w, terminated):
 
 def test_steps_of_networks_follow_their_gradients():
     """One step of an episode, with hidden layers, against autograd on a copy: δ is a number, no gradient passes it."""
-    a = agent(gamma=0.9, alpha_theta=0.1, alpha_w=0.2, hidden=5)
+    a = agent(linear=False, gamma=0.9, alpha_theta=0.1, alpha_w=0.2)
     b = copy.deepcopy(a)
     s = torch.tensor([0.3, -0.5, 1.0])
     a.update([s.numpy(), s.numpy()], [1], [2.0], True)
@@ -57,6 +61,13 @@ def test_steps_of_networks_follow_their_gradients():
     for new, old, step in ((a.v, b.v, 0.2), (a.policy, b.policy, 0.1)):
         for p, q in zip(new.parameters(), old.parameters()):
             assert torch.allclose(p, q + step * delta * q.grad, atol=1e-6) and q.grad.any()
+
+
+def test_networks_have_one_hidden_layer():
+    net = reinforce.network(3, 7, 2)
+    assert [tuple(p.shape) for p in net.parameters()] == [(7, 3), (7,), (2, 7), (2,)]
+    s = torch.randn(4, 3)
+    assert torch.allclose(net(s), net[2](torch.tanh(net[0](s))))
 
 
 def test_returns_are_sums_of_discounted_rewards():
@@ -72,14 +83,14 @@ def value(p: float) -> float:
 def corridor_value(p: float) -> float:
     """The value of the first cell, from the environment's own steps: v = -1 + P v."""
     transitions = np.zeros((3, 4))
-    env = reinforce.ShortCorridor()
+    env = figures.ShortCorridor()
     for cell in range(3):
         for action, probability in ((0, 1 - p), (1, p)):
             env.reset()
             env.cell = cell
-            obs, reward, terminated, truncated, info = env.step(action)
-            assert obs.tolist() == [1.0] and reward == -1.0 and not truncated and terminated == (env.cell == 3)
-            assert info["hidden_state"].tolist() == np.eye(4)[env.cell].tolist()
+            obs, reward, terminated, truncated, _ = env.step(action)
+            assert obs.tolist() == np.eye(4)[env.cell].tolist()
+            assert reward == -1.0 and not truncated and terminated == (env.cell == 3)
             transitions[cell, env.cell] += probability
     return np.linalg.solve(np.eye(3) - transitions[:, :3], -np.ones(3))[0]
 
@@ -99,21 +110,51 @@ def test_the_best_policy_of_the_corridor_goes_right_with_0_5858():
     assert p[np.argmax((2 * p - 4) / (p * (1 - p)))] == pytest.approx(0.5858, abs=1e-4)
 
 
-def test_corridor_starts_with_a_policy_that_goes_right_with_0_05():
-    a = agent(1, 2, **CORRIDOR)
-    assert a.policy(torch.ones(1)).softmax(dim=-1).tolist() == pytest.approx([0.95, 0.05], abs=1e-4)
-    assert a.v(torch.ones(1)).item() == 0.0
+def test_corridor_starts_with_a_policy_that_goes_right_with_0_05_in_every_cell():
+    a = figures.corridor_agent(reinforce)
+    assert a.policy(torch.eye(4)).softmax(dim=-1).tolist() == [pytest.approx([0.95, 0.05], abs=1e-4)] * 4
+    assert a.v(torch.eye(4)).flatten().tolist() == [0.0] * 4
+    assert len(a.theta) == len(a.w) == 1 and a.theta[0].numel() == 2 and a.w[0].numel() == 1
 
 
-def test_actions_are_drawn_from_the_policy_also_by_a_generator_of_their_own():
-    a = agent(1, 3, hidden=0)
-    a.policy.weight.data = torch.tensor([[0.6], [0.3], [0.1]]).log()
-    for generator in (None, torch.Generator().manual_seed(0)):
-        share = np.bincount([a.act(np.ones(1), generator) for _ in range(6_000)], minlength=3) / 6_000
-        assert share == pytest.approx([0.6, 0.3, 0.1], abs=0.03)
+def test_actions_are_drawn_from_the_policy_and_the_likeliest_is_evaluated():
+    a = agent(1, 3)
+    a.policy.weight.data = torch.tensor([[0.1], [0.6], [0.3]]).log()
+    share = np.bincount([a.act(np.ones(1)) for _ in range(6_000)], minlength=3) / 6_000
+    assert share == pytest.approx([0.1, 0.6, 0.3], abs=0.03)
     state = torch.get_rng_state()
-    a.act(np.ones(1), torch.Generator())
-    assert torch.equal(state, torch.get_rng_state())
+    assert {a.act(np.ones(1), explore=False) for _ in range(50)} == {1}
+    assert torch.equal(state, torch.get_rng_state()), "evaluation draws nothing"
+
+
+class SameArray(gym.Env):
+    """Four steps that count in one array, always the same object."""
+
+    observation_space, action_space = gym.spaces.Box(0, 9, (1,), np.float32), gym.spaces.Discrete(2)
+
+    def __init__(self, render_mode=None):
+        self.obs = np.zeros(1, np.float32)
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.obs[:] = 0
+        return self.obs, {}
+
+    def step(self, action):
+        self.obs += 1
+        return self.obs, float(self.obs[0]), self.obs[0] == 4, False, {}
+
+
+gym.register("ReinforceSameArray-v0", SameArray, disable_env_checker=True)
+
+
+def test_episode_keeps_its_states_where_the_environment_returns_one_array(tmp_path, monkeypatch):
+    episodes = []
+    monkeypatch.setattr(reinforce.Reinforce, "update", lambda self, *args: episodes.append(args) or 0.0)
+    settings = dict(total_timesteps=8, eval_every=0, eval_episodes=1, run_dir=str(tmp_path / "run"))
+    reinforce.train(reinforce.Args("ReinforceSameArray-v0", **settings))
+    assert [[s.tolist() for s in S] for S, *_ in episodes] == [[[0.0], [1.0], [2.0], [3.0], [4.0]]] * 2
+    assert [R for _, _, R, _ in episodes] == [[1.0, 2.0, 3.0, 4.0]] * 2
 
 
 @pytest.mark.parametrize("limit", [0, 3])
@@ -136,35 +177,26 @@ def test_train_hands_over_whole_episodes(limit, tmp_path, monkeypatch):
             assert env.unwrapped.step(action)[0] == pytest.approx(S[t + 1], abs=1e-4)
 
 
+def corridor_curves(seeds: int, episodes: int) -> np.ndarray:
+    """Returns (seeds, episodes) of the script's class in the corridor, with figure 13.2's step sizes."""
+    agents = [figures.corridor_agent(reinforce, alpha_w=2**-6, seed=seed) for seed in range(seeds)]
+    return np.array([[figures.corridor_episode(a, figures.ShortCorridor()) for _ in range(episodes)] for a in agents])
+
+
 def test_all_runs_at_once_are_the_class_run_by_run():
     """The first episodes of figure 13.2's faster curve, by the class in its environment and by the vectorised twin."""
-    totals = []
-    for seed in range(6):
-        a, env = agent(1, 2, **CORRIDOR, seed=seed), reinforce.ShortCorridor()
-        totals.append([episode(a, env) for _ in range(40)])
-    twin = reinforce.corridor_returns(2**-9, 2**-6, runs=400, episodes=40)
-    assert np.mean(totals, axis=0)[:3].mean() == pytest.approx(twin[:3].mean(), rel=0.5)
-    assert np.mean(totals, axis=0)[25:].mean() == pytest.approx(twin[25:].mean(), abs=6)
-
-
-def episode(a, env) -> float:
-    (s, _), terminated = env.reset(), False
-    S, A, R = [s], [], []
-    while not terminated:
-        A.append(a.act(S[-1]))
-        s, r, terminated, _, _ = env.step(A[-1])
-        S.append(s), R.append(r)
-    a.update(S, A, R, True)
-    return sum(R)
+    curve, twin = corridor_curves(6, 40).mean(axis=0), figures.corridor_returns(2**-9, 2**-6, runs=400, episodes=40)
+    assert curve[:3].mean() == pytest.approx(twin[:3].mean(), rel=0.5)
+    assert curve[25:].mean() == pytest.approx(twin[25:].mean(), abs=6)
 
 
 def test_learning_curves_of_the_corridor():
     """With baseline, about episode 100 and in the last 100 of 1000; without, also about 200 and 500."""
-    returns = reinforce.corridor_returns(2**-9, 2**-6, runs=60).mean(axis=1)
+    returns = figures.corridor_returns(2**-9, 2**-6, runs=60, seed=0).mean(axis=1)
     assert returns[0] == pytest.approx(-82.1, abs=25)
     assert returns[80:120].mean() == pytest.approx(-12.6, abs=1)
     assert -12.5 <= returns[-100:].mean() <= -11.2
-    returns = reinforce.corridor_returns(2**-13, 0.0, runs=60).mean(axis=1)
+    returns = figures.corridor_returns(2**-13, 0.0, runs=60, seed=0).mean(axis=1)
     measured = [returns[80:120].mean(), returns[180:220].mean(), returns[480:520].mean(), returns[-100:].mean()]
     assert measured == pytest.approx([-31.5, -22.4, -15.1, -12.2], rel=0.1)
 
@@ -172,20 +204,7 @@ def test_learning_curves_of_the_corridor():
 @pytest.mark.slow
 def test_corridor_with_the_script_itself():
     """1000 episodes of the class: its last hundred, a mean of 6 seeds, within [-12.5, -11.2]."""
-    last = []
-    for seed in range(6):
-        a, env = agent(1, 2, **CORRIDOR, seed=seed), reinforce.ShortCorridor()
-        last.append(np.mean([episode(a, env) for _ in range(1_000)][-100:]))
-    assert -12.9 <= np.mean(last) <= -10.8
-
-
-def test_draws_the_figure(tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(
-        reinforce, "corridor_returns", lambda *steps, seed: drawn.append(steps) or np.full((1_000, 2), -20.0)
-    )
-    reinforce.figure(reinforce.Args(plot=str(tmp_path / "figure.png")))
-    assert (tmp_path / "figure.png").stat().st_size > 10_000 and drawn == [(2**-9, 2**-6), (2**-13, 0.0)]
+    assert -12.9 <= corridor_curves(6, 1_000)[:, -100:].mean() <= -10.8
 
 
 @pytest.mark.parametrize(
@@ -193,9 +212,9 @@ def test_draws_the_figure(tmp_path, monkeypatch):
     [
         (dict(env_id="CliffWalking-v1"), "q_learning"),
         (dict(env_id="Pendulum-v1"), "Discrete actions"),
-        (dict(alpha_theta=0.0), "alpha_theta"),
-        (dict(alpha_w=-1.0), "alpha_w"),
-        (dict(hidden=-1), "hidden"),
+        (dict(alpha_theta=-1.0), "--alpha-theta"),
+        (dict(alpha_w=-1.0), "--alpha-w"),
+        (dict(hidden_dim=0), "--hidden-dim"),
     ],
 )
 def test_refuses(settings, words, tmp_path, capsys):
@@ -203,12 +222,3 @@ def test_refuses(settings, words, tmp_path, capsys):
         reinforce.train(reinforce.Args(**settings, run_dir=str(tmp_path / "run")))
     line = capsys.readouterr().err
     assert error.value.code == 2 and words in line and line.count("\n") == 1
-
-
-def test_films_the_corridor():
-    env = reinforce.ShortCorridor("rgb_array")
-    env.reset()
-    env.step(1)
-    picture = env.render()
-    assert picture.shape == (32, 128, 3) and picture.dtype == np.uint8
-    assert picture[:, 32:64].min() == 255 and picture.sum() == 255 * 32 * 32 * 3

@@ -1,7 +1,6 @@
 """Sarsa's mathematics by hand, the windy grid by breadth-first search, and the measured figures of both grids."""
 
-import sys
-
+import figures
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -72,7 +71,7 @@ def test_lines_4_7_9_the_action_of_the_target_is_the_one_that_is_taken(learns, t
         episodes = sarsa.torch.load(tmp_path / "checkpoint.pt", weights_only=True)["agent"]["episode"]
     else:
         a = agent(6, 2, epsilon=1.0)
-        assert sarsa.learn(a, Walk(), 10) == [4] * 10
+        assert figures.learn_sarsa(a, Walk(), 10).tolist() == [[4, 4.0]] * 10
         episodes = a.episode
     assert episodes == 11, "ten episodes are over"
     assert len(updates) == 40 and {a for _, a, *_ in updates} == {0, 1}
@@ -147,25 +146,12 @@ def test_table_world_follows_its_table_and_can_be_filmed():
     assert picture[:, 32:].max() < picture[:, :32].min()
 
 
-def test_draws_the_figure(tmp_path, monkeypatch):
-    monkeypatch.setattr(sarsa, "learn", lambda agent, env, episodes: [40] * episodes)
-    sarsa.figure(sarsa.Args(plot=str(tmp_path / "figure.png")))
-    assert (tmp_path / "figure.png").stat().st_size > 10_000
-
-
-def test_figure_without_matplotlib_ends_with_the_pip_line(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(SystemExit) as error:
-        sarsa.pyplot()
-    assert error.value.code == 2 and "pip install matplotlib" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     "settings, words",
     [
-        (dict(env_id="CartPole-v1"), "semi_gradient_sarsa"),
-        (dict(epsilon_decay=-1.0), "epsilon_decay"),
-        (dict(alpha=1.5), "alpha"),
+        (dict(env_id="CartPole-v1"), "Discrete observations"),
+        (dict(epsilon_decay=-1.0), "--epsilon-decay"),
+        (dict(alpha=1.5), "--alpha"),
     ],
 )
 def test_refuses(settings, words, tmp_path, capsys):
@@ -176,7 +162,7 @@ def test_refuses(settings, words, tmp_path, capsys):
 
 
 def greedy_return(a, env) -> float:
-    return sarsa.evaluate(lambda s: int(a.q[s].argmax()), env, 1, max_steps=200)[0]
+    return sarsa.evaluate(a.act, sarsa.Episodes(env), 1, max_steps=200)[0]
 
 
 @pytest.mark.slow
@@ -184,7 +170,8 @@ def test_windy_grid_within_8000_steps():
     """161 episodes on average, 131 to 187 in 60 seeds; the book: about 170."""
     episodes = []
     for seed in range(20):
-        lengths = sarsa.learn(agent(70, 4, alpha=0.5, epsilon=0.1, seed=seed), sarsa.windy_grid(), 230)
+        a = agent(70, 4, alpha=0.5, epsilon=0.1, seed=seed)
+        lengths = figures.learn_sarsa(a, sarsa.windy_grid(), 230)[:, 0]
         episodes.append((np.cumsum(lengths) <= 8_000).sum())
     assert np.mean(episodes) == pytest.approx(161, abs=8)
     assert min(episodes) > 110 and max(episodes) < 205
@@ -196,7 +183,7 @@ def test_windy_grid_greedy_path_when_epsilon_falls():
     paths = []
     for seed in range(10):
         a = agent(70, 4, alpha=0.1, epsilon=1.0, epsilon_decay=1.0, seed=seed)
-        sarsa.learn(a, sarsa.windy_grid(), 1_000)
+        figures.learn_sarsa(a, sarsa.windy_grid(), 1_000)
         paths.append(-greedy_return(a, sarsa.windy_grid()))
     assert max(paths) <= 16 and paths.count(15) >= 7
 
@@ -207,10 +194,8 @@ def test_cliff(alpha, episodes, online, tolerance):
     """Online: the last 100 episodes. Greedily, with α = 0.1: -15 or -17; with 0.5 some seeds walk in circles."""
     returns, greedy = [], []
     for seed in range(12):
-        env = gym.wrappers.RecordEpisodeStatistics(gym.make("CliffWalking-v1"), buffer_length=100)
         a = agent(48, 4, alpha=alpha, epsilon=0.1, seed=seed)
-        sarsa.learn(a, env, episodes)
-        returns.append(np.mean(env.return_queue))
+        returns.append(figures.learn_sarsa(a, gym.make("CliffWalking-v1"), episodes)[-100:, 1].mean())
         greedy.append(greedy_return(a, gym.make("CliffWalking-v1")))
     assert np.mean(returns) == pytest.approx(online, abs=tolerance)
     assert sum(r in (-15, -17) for r in greedy) >= (12 if alpha == 0.1 else 6)

@@ -1,5 +1,6 @@
 """Semi-gradient Sarsa: its tiles, lines 6 and 8 by hand and by autograd, and the mountain car's measured figures."""
 
+import figures
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -112,7 +113,7 @@ def test_loop_follows_lines_3_to_9(learns, tmp_path, monkeypatch):
     tiles_of = semi.TileCoder(np.zeros(1), np.full(1, 5.0), 8, 8)
     settings = dict(gamma=0.9, epsilon=0.5, alpha=0.5)
     if learns == "learn":
-        semi.learn(agent(tiles_of.size, 2, **settings), tiles_of, Slide(), 20)
+        figures.learn_car(agent(tiles_of.size, 2, **settings), tiles_of, Slide(), 20)
     else:
         kwargs = '{"max_episode_steps": 1}' if learns == "cut" else "{}"
         settings |= dict(total_timesteps=40, eval_every=0, eval_episodes=1, run_dir=str(tmp_path))
@@ -145,7 +146,7 @@ def car(alpha: float, seed: int, episodes: int) -> np.ndarray:
     env = gym.make("MountainCar-v0").unwrapped
     tiles_of = semi.TileCoder(LOW, HIGH, 8, 8)
     env.reset(seed=seed)
-    return np.array(semi.learn(agent(tiles_of.size, 3, alpha=alpha, epsilon=0.0, seed=seed), tiles_of, env, episodes))
+    return figures.learn_car(agent(tiles_of.size, 3, alpha=alpha, epsilon=0.0, seed=seed), tiles_of, env, episodes)
 
 
 def test_car_learns_to_climb():
@@ -168,21 +169,14 @@ def test_mountain_car(alpha, expected):
     assert alpha < 0.5 or lengths[-100:].mean() < 130
 
 
-def test_draws_the_figure(tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(semi, "learn", lambda a, *_: drawn.append(a.args.alpha) or [200] * 500)
-    semi.figure(semi.Args(plot=str(tmp_path / "figure.png")))
-    assert (tmp_path / "figure.png").stat().st_size > 10_000 and drawn == [0.1] * 3 + [0.2] * 3 + [0.5] * 3
-
-
 @pytest.mark.parametrize(
     "settings, words",
     [
-        (dict(env_id="CliffWalking-v1"), "sarsa, dqn"),
+        (dict(env_id="CliffWalking-v1"), "sarsa"),
         (dict(env_id="Pendulum-v1"), "Discrete actions"),
         (dict(env_id="CartPole-v1"), "bounded"),
         (dict(env_id="Acrobot-v1", tiles=100), "too many"),
-        (dict(tilings=0), "tilings"),
+        (dict(tilings=0), "--tilings"),
     ],
 )
 def test_refuses(settings, words, tmp_path, capsys):

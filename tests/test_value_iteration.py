@@ -10,7 +10,7 @@ script = load("algos/value_iteration.py")
 
 def agent_of(env_id: str, env_kwargs=None, **settings):
     env = gym.make(env_id, **(env_kwargs or {}))
-    return script.ValueIteration(*script.model_of(env, env_id), script.Args(**settings))
+    return script.ValueIteration(*script.model_of(env), script.Args(**settings))
 
 
 def solved(*args, **settings):
@@ -124,10 +124,10 @@ def test_run_of_the_taxi(tmp_path, capsys):
 @pytest.mark.parametrize(
     "settings, words",
     [
-        ({"env_id": "Blackjack-v1"}, "Blackjack-v1 has none"),
-        ({"theta": 0.0}, "theta"),
-        ({"tie": -1.0}, "tie"),
-        ({"max_sweeps": 0}, "max_sweeps"),
+        ({"env_id": "Blackjack-v1"}, "Discrete observations"),
+        ({"theta": 0.0}, "--theta"),
+        ({"tie": -1.0}, "--tie"),
+        ({"max_sweeps": 0}, "--max-sweeps"),
         ({"max_sweeps": 5}, "does not converge"),
         ({"env_kwargs": '{"p_h": 2, "no": 1}'}, "cannot make Gambler-v0"),
     ],

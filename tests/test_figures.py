@@ -1,0 +1,80 @@
+"""The book's figures: each is committed, each is drawn, and the command lists them."""
+
+import struct
+import subprocess
+import sys
+
+import figures
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from conftest import ROOT
+
+QUICK = {  # what makes a figure's computation a matter of a second
+    "testbed": dict(play=lambda algorithm, **settings: np.ones((2, 1000, 1))),
+    "blackjack": dict(),
+    "windy_grid": dict(learn_sarsa=lambda agent, env, episodes: np.full((episodes, 2), 40.0)),
+    "cliff_walking": dict(),
+    "maximization_bias": dict(left_actions=lambda double: np.full(300, 0.5)),
+    "random_walk": dict(walk_errors=lambda n, alphas, runs: 0.3 + alphas / 5),
+    "dyna_maze": dict(learn=lambda agent, env, episodes: np.full((episodes, 2), 20.0)),
+    "mountain_car": dict(learn_car=lambda agent, tiles_of, env, episodes: np.full(episodes, 200)),
+    "short_corridor": dict(corridor_episode=lambda agent, env: -20.0),
+}
+SETTINGS = {"blackjack": dict(total_timesteps=2_000), "cliff_walking": dict(runs=3), "short_corridor": dict(runs=1)}
+
+
+@pytest.mark.parametrize("name", [name for name in figures.FIGURES if name in QUICK])
+def test_figure_is_drawn(name, tmp_path, monkeypatch):
+    for function, quick in QUICK[name].items():
+        monkeypatch.setattr(figures, function, quick)
+    figure = figures.FIGURES[name](**SETTINGS.get(name, {}))
+    figure.savefig(tmp_path / "figure.png")
+    plt.close(figure)
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+    for axes in figure.axes:
+        assert axes.get_title() or figure.get_suptitle() or axes.get_label() == "<colorbar>"
+
+
+@pytest.mark.parametrize("name", figures.FIGURES)
+def test_figure_is_committed_and_says_which_of_the_book_it_is(name):
+    picture = (figures.FOLDER / f"{name}.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    width, height = struct.unpack(">II", picture[16:24])
+    assert 600 <= width <= 2000 and 300 <= height <= 1200
+    assert figures.FIGURES[name].__doc__
+
+
+def test_no_picture_without_a_figure():
+    assert {path.stem for path in figures.FOLDER.glob("*")} <= set(figures.FIGURES)
+
+
+def test_draws_the_figures_that_are_named_only(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(figures, "FOLDER", tmp_path)
+    figures.main(figures.Args(["gambler", "grid_world"]))
+    assert {path.name for path in tmp_path.iterdir()} == {"gambler.png", "grid_world.png"}
+    assert capsys.readouterr().out.count("\n") == 2
+
+
+def test_without_a_name_it_lists_them(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "FOLDER", tmp_path)
+    figures.main(figures.Args())
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(figures.FIGURES)
+    assert not list(tmp_path.iterdir())
+
+
+def test_command_refuses_unknown_names_and_has_help():
+    command = [sys.executable, str(ROOT / "benchmark" / "figures.py")]
+    process = subprocess.run([*command, "nothing"], capture_output=True, text=True)
+    assert process.returncode == 2 and process.stderr.count("\n") == 1 and "random_walk" in process.stderr
+    process = subprocess.run([*command, "--help"], capture_output=True, text=True)
+    assert process.returncode == 0 and "list the names of the figures" in process.stdout
+
+
+def test_sarsa_earns_more_along_the_cliff_than_q_learning():
+    """Example 6.6; their measured means of the last 100 episodes are -27 and -49."""
+    figure = figures.cliff_walking(runs=6)
+    curves = {line.get_label(): line.get_ydata() for line in figure.axes[0].lines}
+    plt.close(figure)
+    assert curves["Sarsa"][-100:].mean() == pytest.approx(-27, abs=10)
+    assert curves["Q-learning"][-100:].mean() == pytest.approx(-49, abs=12)
