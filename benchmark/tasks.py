@@ -239,25 +239,7 @@ TASKS = [  # the first task of a script is the one that README shows
     # --- reinforce, actor_critic --------------------------------------------------------------------------------------
     Task("reinforce__CartPole-v1", "algos/reinforce.py", "", 475, "gymnasium: the environment's own reward threshold"),
     Task(
-        "reinforce__ShortCorridor-v0",
-        "algos/reinforce.py",
-        "--env-id ShortCorridor-v0 --hidden 0 --theta-0 2.944 --alpha-theta 0.001953125 --alpha-w 0.015625 --gamma 1 "
-        "--total-timesteps 15000 --eval-every 1000 --eval-episodes 1000",
-        -12.5,
-        "exact: optimum -11.66; an independent program: -12.5 to -11.2",
-        seeds=5,
-    ),
-    Task(
         "actor_critic__CartPole-v1", "algos/actor_critic.py", "", 195, "gymnasium: the reward threshold of CartPole-v0"
-    ),
-    Task(
-        "actor_critic__ShortCorridor-v0",
-        "algos/actor_critic.py",
-        "--env-id ShortCorridor-v0 --hidden 0 --theta-0 2.944 --alpha-theta 0.001953125 --alpha-w 0.0625 --gamma 1 "
-        "--total-timesteps 15000 --eval-every 1000 --eval-episodes 1000",
-        -12.5,
-        "exact: optimum -11.66; an independent program: -12.5 to -11.0",
-        seeds=5,
     ),
     # --- td3 ----------------------------------------------------------------------------------------------------------
     Task(
