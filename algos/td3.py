@@ -139,7 +139,7 @@ class TD3:
     """Networks, targets and updates. Batches: s and s2 (|B|, obs_dim), a (|B|, action_dim), r and d (|B|,)."""
 
     def __init__(self, obs_dim: int, low: np.ndarray, high: np.ndarray, args: Args, device: torch.device):
-        self.args, self.device = args, device
+        self.args, self.device, self.low, self.high = args, device, low, high
         self.policy = Policy(obs_dim, low, high).to(device)  # line 1
         self.q = TwinQ(obs_dim, low.size).to(device)
         self.policy_targ = copy.deepcopy(self.policy).requires_grad_(False)  # line 2
@@ -150,12 +150,10 @@ class TD3:
     @torch.inference_mode()
     def act(self, obs: np.ndarray, explore: bool = True) -> np.ndarray:
         """An action (action_dim,) for an observation (obs_dim,)."""
-        policy = self.policy
-        a = policy(torch.as_tensor(obs, dtype=torch.float32, device=self.device))
+        a = self.policy(torch.as_tensor(obs, dtype=torch.float32, device=self.device))
         if explore:
-            noise = self.args.exploration_noise * torch.randn_like(a) * policy.half_range
-            a = torch.clamp(a + noise, policy.low, policy.high)  # line 4
-        return a.cpu().numpy()
+            a += self.args.exploration_noise * torch.randn_like(a) * self.policy.half_range  # line 4
+        return np.clip(a.cpu().numpy(), self.low, self.high)  # line 4, in the precision of the action space
 
     def target(self, r, s2, d):
         """y (|B|,), the value that both Q-functions learn."""

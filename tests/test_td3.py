@@ -2,14 +2,17 @@
 
 import copy
 import ctypes.util
+import importlib
 import json
 import subprocess
 import sys
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, load
+from conftest import ROOT, equal, load, scalars
+from gymnasium.spaces import Box
 
 td3 = load("algos/td3.py")
 CPU = torch.device("cpu")
@@ -57,23 +60,36 @@ def test_policy_fills_its_bounds():
 
 
 def test_line_4_noise_has_its_deviation_in_half_ranges_and_stays_in_bounds():
-    policy = make_agent().policy
-    s = torch.zeros(20_000, 3)
-    with torch.no_grad():
-        noise = (policy.noisy(s, 0.1) - policy(s)).numpy()
-        wild = policy.noisy(s, 5.0).numpy()
+    agent, obs = make_agent(exploration_noise=0.1), np.zeros((20_000, 3))
+    mean = agent.act(obs, explore=False)
+    assert mean[0] == pytest.approx(agent.policy(torch.zeros(3)).tolist(), abs=1e-6)
+    noise = agent.act(obs) - mean
     assert noise.std(0) == pytest.approx([0.1, 0.2], rel=0.03) and noise.mean(0) == pytest.approx([0, 0], abs=0.005)
     assert np.abs(noise).max() > 0.5, "exploration noise is not clipped"
+    agent.args.exploration_noise = 5.0
+    wild = agent.act(obs)
     assert wild.min(0) == pytest.approx(LOW) and wild.max(0) == pytest.approx(HIGH)
 
 
+def test_an_evaluation_leaves_the_random_numbers_of_training_alone():
+    agent, before = make_agent(), torch.get_rng_state()
+    one = agent.act(np.ones(3), explore=False)
+    assert torch.equal(torch.get_rng_state(), before) and one.shape == (2,) and one.dtype == np.float32
+    assert not np.array_equal(one, agent.act(np.ones(3)))
+
+
 def test_line_12_noise_is_clipped_in_half_ranges_around_the_target_policy():
-    agent = make_agent(target_noise=0.2, noise_clip=0.3)
-    s2 = torch.zeros(20_000, 3)
+    agent, seen = make_agent(target_noise=0.2, noise_clip=0.3), []
+    agent.q_targ = lambda s2, a2: seen.append(a2) or torch.zeros(2, len(a2))
+    s2, zeros = torch.zeros(20_000, 3), torch.zeros(20_000)
     with torch.no_grad():
-        noise = (agent.policy_targ.noisy(s2, 0.2, 0.3) - agent.policy_targ(s2)).numpy()
-    assert np.abs(noise).max(0) == pytest.approx([0.3, 0.6], rel=1e-3)
-    assert np.mean(noise[:, 0] > 0.3 - 1e-6) == pytest.approx(0.0668, abs=0.006)  # P(N(0, 0.2) > 0.3)
+        agent.target(zeros, s2, zeros)
+        noise = (seen[0] - agent.policy_targ(s2)).numpy()
+        assert np.abs(noise).max(0) == pytest.approx([0.3, 0.6], rel=1e-3)
+        assert np.mean(noise[:, 0] > 0.3 - 1e-6) == pytest.approx(0.0668, abs=0.006)  # P(N(0, 0.2) > 0.3)
+        agent.args.target_noise = agent.args.noise_clip = 5.0
+        agent.target(zeros, s2, zeros)
+    assert seen[1].numpy().min(0) == pytest.approx(LOW) and seen[1].numpy().max(0) == pytest.approx(HIGH)
 
 
 def test_lines_12_and_13_target():
@@ -137,13 +153,23 @@ def test_line_16_ascends_q1_and_leaves_no_gradient_in_q():
 
 
 def test_line_17_moves_all_three_targets_a_little():
-    agent, (s, *_) = make_agent(rho=0.9), make_batch()
-    before = copy.deepcopy((agent.policy_targ, agent.q_targ))
-    agent.update_policy(s)
+    agent = make_agent(rho=0.9)
+    before, nets = copy.deepcopy((agent.policy_targ, agent.q_targ)), copy.deepcopy((agent.policy, agent.q))
+    agent.update_targets()
     for targ, old, net in zip((agent.policy_targ, agent.q_targ), before, (agent.policy, agent.q)):
-        for new, was, online in zip(targ.parameters(), old.parameters(), net.parameters()):
+        for new, was, online in zip(targ.parameters(), old.parameters(), net.parameters(), strict=True):
             assert torch.allclose(new, 0.9 * was + 0.1 * online, atol=1e-6)
             assert not new.requires_grad
+    for net, was in zip((agent.policy, agent.q), nets):
+        assert all(torch.equal(x, y) for x, y in zip(net.parameters(), was.parameters())), "only the targets move"
+
+
+def test_only_line_17_moves_the_targets():
+    agent, (s, a, r, s2, d) = make_agent(), make_batch()
+    before = copy.deepcopy((agent.policy_targ, agent.q_targ))
+    agent.update_q(s, a, r, s2, d), agent.update_policy(s)
+    for targ, was in zip((agent.policy_targ, agent.q_targ), before):
+        assert all(torch.equal(x, y) for x, y in zip(targ.parameters(), was.parameters()))
 
 
 def test_replay_is_a_ring_of_whole_transitions():
@@ -173,33 +199,38 @@ def test_a_million_transitions_of_half_cheetah_take_168_megabytes():
     assert td3.ReplayBuffer(1_000_000, 17, 6, CPU).rows.nbytes == 168_000_000
 
 
-class Recorder(td3.gym.Env):
-    """Reward 1 a step; the observation is the time; ends or is cut after 7 steps."""
+class Recorder(gym.Env):
+    """Reward 1 a step; the observation is the time, always in the same array; ends or is cut after 7 steps.
 
-    observation_space = td3.gym.spaces.Box(-np.inf, np.inf, (1,))
-    action_space = td3.gym.spaces.Box(-1.0, 1.0, (1,))
+    Its constructor takes no render_mode, and its actions are float64.
+    """
 
-    def __init__(self, render_mode=None, terminates=True):
-        self.terminates = terminates
+    observation_space = Box(-np.inf, np.inf, (1,))
+    action_space = Box(-0.1, 0.7, (1,), np.float64)
+
+    def __init__(self, terminates=True):
+        self.terminates, self.observation = terminates, np.zeros(1, np.float32)
 
     def reset(self, seed=None, options=None):
         super().reset(seed=seed)
-        self.time = 0
-        return np.zeros(1, np.float32), {}
+        self.observation[:] = 0
+        return self.observation, {}
 
     def step(self, action):
-        self.time += 1
-        end = self.time == 7
-        return np.full(1, self.time, np.float32), 1.0, end and self.terminates, end and not self.terminates, {}
+        assert action in self.action_space, f"{action} {action.dtype}"
+        self.observation += 1
+        end = bool(self.observation == 7)
+        return self.observation, 1.0, end and self.terminates, end and not self.terminates, {}
 
 
-td3.gym.register("BoxRecorder-v0", Recorder)
+gym.register("BoxRecorder-v0", Recorder, disable_env_checker=True)
+SHORT = dict(total_timesteps=60, learning_starts=20, batch_size=8, eval_every=0, eval_episodes=1, device="cpu")
 
 
 def watched_run(tmp_path, monkeypatch, **settings):
-    """Run on the recorder and note every call of the two updates; returns them with the buffer of the checkpoint."""
+    """Run on the recorder and note every call of the updates; returns them with the rows of the checkpoint's buffer."""
     calls = []
-    for name in ("update_q", "update_policy"):
+    for name in ("update_q", "update_policy", "update_targets"):
         original = getattr(td3.TD3, name)
 
         def noted(self, *batch, name=name, original=original):
@@ -207,8 +238,7 @@ def watched_run(tmp_path, monkeypatch, **settings):
             return original(self, *batch)
 
         monkeypatch.setattr(td3.TD3, name, noted)
-    args = dict(env_id="BoxRecorder-v0", total_timesteps=60, learning_starts=20, batch_size=8, eval_episodes=1)
-    td3.train(td3.Args(**args | settings, run_dir=str(tmp_path)))
+    td3.train(td3.Args("BoxRecorder-v0", **SHORT | settings, run_dir=str(tmp_path)))
     return calls, torch.load(tmp_path / "checkpoint.pt", weights_only=True)["buffer"]["rows"]
 
 
@@ -221,18 +251,50 @@ def test_stores_the_true_next_observation_and_only_terminal_states_as_such(tmp_p
     assert torch.equal(r, torch.ones(60))
 
 
+def test_actions_of_every_precision_stay_in_their_space(tmp_path, monkeypatch):
+    """0.1 and 0.7 are rounded up or down in float32; the recorder refuses an action that is outside, however little."""
+    _, rows = watched_run(tmp_path, monkeypatch, exploration_noise=5.0)
+    a = rows[20:, 1].numpy()
+    assert {a.min(), a.max()} == {np.float32(-0.1), np.float32(0.7)}, "both bounds were reached"
+
+
 def test_lines_9_to_15_one_update_a_step_and_the_policy_every_second(tmp_path, monkeypatch):
-    calls, rows = watched_run(tmp_path, monkeypatch, exploration_noise=0.0)
-    assert calls.count("update_q") == 40 and calls.count("update_policy") == 20
-    assert calls[:3] == ["update_q", "update_q", "update_policy"], "on even steps; the first update is at step 21"
+    calls, rows = watched_run(tmp_path / "2", monkeypatch, exploration_noise=0.0)
+    assert calls == ["update_q", "update_q", "update_policy", "update_targets"] * 20, "first at step 21; on even steps"
     s, a = rows[:, :1], rows[:, 1]
-    assert a[:20].std() > 0.4, "uniform actions first"
-    td3.set_up_torch(1, "cpu", 1)
-    policy = td3.TD3(1, -np.ones(1, np.float32), np.ones(1, np.float32), td3.Args(), CPU).policy
+    assert a[:20].std() > 0.15 and a[:20].min() < 0.1 and a[:20].max() > 0.5, "uniformly random actions first"
+    td3.set_up_torch(td3.Args())
+    policy = td3.TD3(1, np.full(1, -0.1), np.full(1, 0.7), td3.Args(), CPU).policy
     assert a[20] == pytest.approx(policy(s[20]).item(), abs=1e-6), "then the policy's, before its first update"
     monkeypatch.undo()
     calls, _ = watched_run(tmp_path / "3", monkeypatch, policy_delay=3)
-    assert calls.count("update_policy") == 14, "steps 21, 24, … 60"
+    assert calls.count("update_q") == 40 and calls.count("update_targets") == 14, "steps 21, 24, … 60"
+    assert calls[:6] == ["update_q", "update_policy", "update_targets", "update_q", "update_q", "update_q"]
+
+
+def test_compile_compiles_the_updates_that_the_loop_calls(tmp_path, monkeypatch):
+    compiled, calls = [], []
+
+    def compile(function, **options):
+        compiled.append((function.__name__, options))
+        return lambda *batch: calls.append(function.__name__) or function(*batch)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    td3.train(td3.Args("BoxRecorder-v0", **SHORT, compile=True, run_dir=str(tmp_path)))
+    assert compiled == [(name, {"mode": "reduce-overhead"}) for name in ("update_q", "update_policy")]
+    assert calls == ["update_q", "update_q", "update_policy"] * 20
+
+
+@pytest.mark.slow
+def test_the_compiled_updates_are_the_updates():
+    one, compiled = make_agent(target_noise=0.0), make_agent(target_noise=0.0)
+    update_q, update_policy = (torch.compile(f) for f in (compiled.update_q, compiled.update_policy))
+    for _ in range(2):
+        torch.testing.assert_close(update_q(*make_batch()), one.update_q(*make_batch()))
+        torch.testing.assert_close(update_policy(make_batch()[0]), one.update_policy(make_batch()[0]))
+        one.update_targets(), compiled.update_targets()
+    for mine, expected in zip(compiled.policy_targ.parameters(), one.policy_targ.parameters()):
+        torch.testing.assert_close(mine, expected)
 
 
 def test_stops_at_a_loss_that_is_not_finite_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, capsys):
@@ -243,64 +305,143 @@ def test_stops_at_a_loss_that_is_not_finite_and_keeps_the_last_good_checkpoint(t
         return original(self, *batch) * (float("nan") if len(count) > 25 else 1.0)
 
     monkeypatch.setattr(td3.TD3, "update_q", broken)
-    settings = dict(total_timesteps=60, learning_starts=20, batch_size=8, checkpoint_every=10, run_dir=str(tmp_path))
     with pytest.raises(SystemExit) as error:
-        td3.train(td3.Args("BoxRecorder-v0", **settings))
+        td3.train(td3.Args("BoxRecorder-v0", **SHORT, checkpoint_every=10, run_dir=str(tmp_path)))
     line = capsys.readouterr().err
     assert error.value.code == 2 and "losses/q is nan at step 4" in line and line.count("\n") == 1
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 40
 
 
-def command(*arguments, **keywords):
-    keywords = {"cwd": keywords.pop("cwd"), "capture_output": True, "text": True}
-    return subprocess.run([sys.executable, str(ROOT / "algos/td3.py"), *arguments], **keywords)
+# --- command line, resume, films --------------------------------------------------------------------------------------
 
 
 def test_command_line_ends_with_one_line_and_code_2(tmp_path):
-    process = command("--env-id", "HalfCheeta-v4", cwd=tmp_path)
+    command = [sys.executable, str(ROOT / "algos/td3.py"), "--env-id", "HalfCheeta-v4"]
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert process.returncode == 2 and process.stdout == ""
     assert process.stderr.strip() == (
-        "error: cannot make HalfCheeta-v4: Environment `HalfCheeta` doesn't exist. Did you mean: `HalfCheetah`?"
+        "error: cannot make HalfCheeta-v4 with --env-kwargs {}: Environment `HalfCheeta` doesn't exist. "
+        "Did you mean: `HalfCheetah`?"
     )
     assert not list(tmp_path.iterdir()), "nothing is left behind"
 
 
-def test_default_given_on_resume_is_refused_where_the_run_has_another_setting(tmp_path):
-    settings = "--env-id Pendulum-v1 --total-timesteps 30 --learning-starts 10 --eval-episodes 1 --seed 2 --run-dir run"
-    assert command(*settings.split(), cwd=tmp_path).returncode == 0
-    assert command("--resume", "run", "--seed", "2", cwd=tmp_path).returncode == 0
-    process = command("--resume", "run", "--seed", "1", cwd=tmp_path)
-    assert process.returncode == 2 and process.stderr.strip() == "error: run has other settings: seed 2"
+def test_a_finished_run_is_trained_longer_evaluated_more_and_filmed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def command(words):
+        """Runs it here; returns the result and the checkpoint, without the clock."""
+        monkeypatch.setattr(sys, "argv", ["td3.py", *words.split()])
+        td3.main()
+        state = torch.load("run/checkpoint.pt", weights_only=True)
+        del state["seconds"]
+        return json.loads((tmp_path / "run/result.json").read_text()), state
+
+    settings = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in SHORT.items())
+    result, first = command(f"--env-id Pendulum-v1 --seed 2 {settings} --run-dir run")
+    assert result["steps"] == 60 and result["args"]["seed"] == 2 and len(first["buffer"]["rows"]) == 60
+    result, longer = command("--resume run --total-timesteps 90")
+    assert result["steps"] == 90 and result["args"]["seed"] == 2 and len(longer["buffer"]["rows"]) == 90
+    assert torch.equal(longer["buffer"]["rows"][:60], first["buffer"]["rows"])
+    result, same = command("--resume run --eval-episodes 3 --capture-video")
+    assert len(result["returns"]) == 3 and result["steps"] == 90 and equal(same, longer), "only evaluated and filmed"
+    assert [film.name for film in (tmp_path / "run/videos").glob("*.mp4")] == ["rl-video-episode-0.mp4"]
+    assert [step for step, _ in scalars(tmp_path / "run")["eval/return"]] == [60, 90]
+    result, _ = command("--resume run --seed 2 --no-capture-video")  # what the run has may be typed
+    assert result["args"]["seed"] == 2 and not result["args"]["capture_video"]
+    capsys.readouterr()
+    for words in ("--seed 1", "--seed 3", "--learning-rate 0.1", "--run-dir other", "--env-id Pendulum-v0"):
+        with pytest.raises(SystemExit) as error:  # 1 is the default of --seed, and not what the run has
+            command(f"--resume run {words}")
+        said, name = capsys.readouterr().err, words.split()[0].removeprefix("--").replace("-", "_")
+        assert error.value.code == 2, said
+        assert said == f"error: beside --resume, leave out {name}: these settings of a run stay\n"
+    assert not (tmp_path / "other").exists()
+
+
+MODULE = """
+import gymnasium as gym, numpy as np
+
+class MyEnv(gym.Env):
+    observation_space, action_space = gym.spaces.Box(-1, 1, (2,)), gym.spaces.Box(-1, 1, (1,))
+
+    def reset(self, seed=None, options=None):
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        return np.zeros(2, np.float32), 1.0, True, False, {}
+
+gym.register("MyEnv-v0", MyEnv)
+"""
+
+
+def test_an_environment_of_a_module_in_the_current_folder(tmp_path, monkeypatch):
+    (tmp_path / "my_module_for_td3.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])  # as in `python algos/td3.py`
+    result = td3.train(td3.Args("my_module_for_td3:MyEnv-v0", **SHORT, run_dir="run"))
+    assert result["return"] == 1.0 and (tmp_path / "run" / "result.json").exists()
+
+
+class HalfBounded(Recorder):
+    action_space = Box(-1, np.inf, (1,))
+
+
+gym.register("HalfBounded-v0", HalfBounded, disable_env_checker=True)
 
 
 @pytest.mark.parametrize(
     "settings, words",
     [
-        (dict(env_id="CartPole-v1"), "bounded Box of actions"),
-        (dict(env_id="FrozenLake-v1"), "bounded Box of actions"),
-        (dict(env_id="CarRacing-v3"), "flat observations"),
-        (dict(rho=1.1), "rho"),
-        (dict(policy_delay=0), "policy_delay"),
-        (dict(noise_clip=-0.1), "noise"),
-        (dict(batch_size=300, buffer_size=200), "batch_size"),
-        (dict(env_id="ALE/Pong-v5"), "ALE"),
-        (dict(env_id="no_such_module:Pendulum-v1"), "no_such_module"),
+        (dict(env_id="CartPole-v1"), "td3 needs vector observations and bounded vector actions; CartPole-v1 dqn, ppo"),
+        (dict(env_id="FrozenLake-v1"), "bounded vector actions; Discrete(16) and Discrete(4); try q_learning, sarsa"),
+        (dict(env_id="CarRacing-v3"), "vector observations CarRacing-v3"),
+        (dict(env_id="HalfBounded-v0"), "bounded vector actions; HalfBounded-v0 has inf"),
+        (dict(env_id="ALE/Pong-v5"), "cannot make ALE/Pong-v5"),
+        (dict(env_id="no_such_module:Pendulum-v1"), "cannot make no_such_module:Pendulum-v1 module"),
+        (dict(env_id="BoxRecorder-v0", capture_video=True), "cannot make BoxRecorder-v0 render_mode"),
+        (dict(rho=1.1), "--rho"),
+        (dict(rho=-0.1), "--rho"),
+        (dict(gamma=1.1), "--gamma"),
+        (dict(learning_rate=-1.0), "--learning-rate"),
+        (dict(policy_delay=0), "--policy-delay"),
+        (dict(noise_clip=-0.1), "--noise-clip"),
+        (dict(target_noise=-0.1), "--target-noise"),
+        (dict(exploration_noise=float("nan")), "--exploration-noise nan"),
+        (dict(batch_size=300, buffer_size=200), "--batch-size"),
+        (dict(learning_starts=1_000_000), "--learning-starts"),
     ],
 )
 def test_refuses(settings, words, tmp_path, capsys):
     with pytest.raises(SystemExit) as error:
         td3.train(td3.Args(run_dir=str(tmp_path / "run"), **settings))
     line = capsys.readouterr().err
-    assert error.value.code == 2 and words in line and line.count("\n") == 1 and not (tmp_path / "run").exists()
+    assert error.value.code == 2 and line.startswith("error: ") and line.count("\n") == 1
+    assert all(word in line for word in words.split()), line
+    assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("env_id", ["Pendulum-v1", "InvertedPendulum-v5"])
-def test_films_without_a_display(env_id, tmp_path, monkeypatch):
-    if env_id.startswith("Inverted") and not ctypes.util.find_library("EGL"):
+def test_a_film_that_cannot_be_written_is_refused_before_training(tmp_path, monkeypatch, capsys):
+    original = importlib.import_module
+
+    def without_moviepy(name, *package):
+        if name == "moviepy":
+            raise ModuleNotFoundError("No module named 'moviepy'")
+        return original(name, *package)
+
+    monkeypatch.setattr(importlib, "import_module", without_moviepy)
+    with pytest.raises(SystemExit) as error:
+        td3.train(td3.Args("Pendulum-v1", capture_video=True, run_dir=str(tmp_path / "run")))
+    line = capsys.readouterr().err
+    assert error.value.code == 2 and "moviepy" in line and line.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_films_mujoco_without_a_display(tmp_path, monkeypatch):
+    if not ctypes.util.find_library("EGL"):
         pytest.skip("MuJoCo needs libegl1 to draw without a display")
     monkeypatch.delenv("DISPLAY", raising=False)
-    settings = dict(total_timesteps=30, learning_starts=20, eval_episodes=2, capture_video=True)
-    td3.train(td3.Args(env_id, run_dir=str(tmp_path), **settings))
+    settings = SHORT | dict(total_timesteps=30, eval_episodes=2, capture_video=True)
+    td3.train(td3.Args("InvertedPendulum-v5", run_dir=str(tmp_path), **settings))
     assert [film.name for film in (tmp_path / "videos").glob("*.mp4")] == ["rl-video-episode-0.mp4"]
     assert (tmp_path / "videos" / "rl-video-episode-0.mp4").stat().st_size > 1_000
 
