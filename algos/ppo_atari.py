@@ -1,0 +1,807 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#   "ale-py", "gymnasium", "minatar", "moviepy", "numpy", "opencv-python-headless",
+#   "tensorboard", "torch", "tqdm", "tyro",
+# ]
+# ///
+"""PPO on images: the clipped objective for Atari and MinAtar, on one process or, under torchrun, several.
+
+Paper   Schulman, Wolski, Dhariwal, Radford & Klimov, 2017, section 6.4. https://arxiv.org/abs/1707.06347
+Notes   "PPO (2017)"; the numbers below are those of pics/ppo_2.png; line 6: pics/ppo_1.png, line 5: GAE, pics/gae_1.png
+Run     python algos/ppo_atari.py --env-id MinAtar/Breakout-v1 --total-timesteps 1000000
+        torchrun --nproc-per-node 2 algos/ppo_atari.py    (two processes share the environments and the minibatches)
+
+     1  input: policy parameters θ_0, value parameters φ_0
+     2  for k = 0, 1, 2, ...:
+     3      collect trajectories D_k by running π_k = π(θ_k)
+     4      compute rewards-to-go R̂_t
+     5      compute advantages Â_t from the value function V_φk
+     6      θ_k+1 = argmax_θ mean_Dk min(ρ_t Â_t, g(ε, Â_t)),  ρ_t = π_θ(a_t|s_t) / π_θk(a_t|s_t),
+              g(ε, Â) = (1 + ε) Â if Â ≥ 0 else (1 - ε) Â, by stochastic gradient ascent with Adam
+     7      φ_k+1 = argmin_φ mean_Dk (V_φ(s_t) - R̂_t)², by gradient descent
+
+The difference from ppo.py is the images and torchrun (`diff algos/ppo.py algos/ppo_atari.py`).
+
+Beyond the pseudo-code: as in ppo.py, one loss for lines 6 and 7, with a bonus for the entropy of the policy; R̂ = Â + V;
+Â is normalised over D_k; gradients are clipped, and the learning rate is annealed to 0. Observations are prepared as by
+Mnih et al. (2015): the last four frames in 84 × 84 grey levels, the maximum of two frames, each action for four frames,
+up to 30 steps without an action at the start. In training a reward keeps only its sign, and a lost life ends the
+episode although the game goes on. MinAtar's observation is one frame of 10 × 10 with a channel for each object. The
+layers are those of the slides' DQN, and θ and φ share none (in the paper they do); MinAtar's are those of Young & Tian
+(2019). Under torchrun each process has its part of the environments and of every minibatch, and gradients are averaged.
+
+Result  MinAtar/Breakout-v1: to be measured
+"""
+
+import atexit
+import contextlib
+import copy
+import importlib
+import json
+import math
+import os
+import random
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import tyro
+from torch import distributed
+from torch.distributions import Categorical, Independent
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    env_id: str = "PongNoFrameskip-v4"
+    """an Atari game (…NoFrameskip-v4, ALE/…-v5), MinAtar/…-v1, or another gymnasium environment with images of bytes"""
+    env_kwargs: str = "{}"
+    """arguments of the environment, as JSON"""
+    total_timesteps: int = 10_000_000
+    """environment steps, rounded up to whole rollouts; in Atari a step is four frames"""
+    num_envs: int = 8
+    """environments that step together, in all processes, N"""
+    num_steps: int = 128
+    """steps of each environment in a rollout D_k, T"""
+    gamma: float = 0.99
+    """discount factor, γ"""
+    lam: float = 0.95
+    """λ of GAE, line 5"""
+    epsilon: float = 0.1
+    """clip range of the probability ratio, ε of line 6"""
+    learning_rate: float = 2.5e-4
+    """learning rate of Adam at the start"""
+    anneal: bool = True
+    """anneal the learning rate linearly to 0"""
+    num_minibatches: int = 4
+    """minibatches per epoch"""
+    update_epochs: int = 4
+    """epochs over each rollout D_k, K"""
+    value_coef: float = 0.5
+    """weight of line 7 in the loss, c1"""
+    entropy_coef: float = 0.01
+    """weight of the entropy bonus in the loss, c2"""
+    max_grad_norm: float = 0.5
+    """maximum gradient norm"""
+
+    seed: int = 1
+    """seed of the networks, the actions, the minibatches and the environments"""
+    device: str = "auto"
+    """auto, cpu or cuda; auto is cuda if there is a GPU"""
+    num_threads: int = 1
+    """CPU threads of PyTorch; small networks rarely gain from more"""
+    compile: bool = False
+    """compile the updates with torch.compile; on a GPU they become CUDA graphs"""
+    run_dir: str = ""
+    """folder of log, checkpoint and result; if empty, runs/<env>__<script>__<seed>__<time>"""
+    eval_every: int = 100_000
+    """environment steps between evaluations; 0 evaluates at the end only"""
+    eval_episodes: int = 10
+    """episodes of the most likely actions in an evaluation"""
+    checkpoint_every: int = 100_000
+    """environment steps between checkpoints; 0 saves at the end only"""
+    resume: str = ""
+    """folder of a run to continue with that run's settings"""
+    capture_video: bool = False
+    """film the first episode of the last evaluation"""
+
+
+class Network(nn.Module):
+    """Images of bytes (batch, stack, channels, height, width) -> (batch, outputs).
+
+    Orthogonal weights, scaled by `gain` in the last layer.
+    """
+
+    def __init__(self, obs_shape: tuple[int, ...], outputs: int, gain: float):
+        super().__init__()
+        self.convolutions = convolutions(*obs_shape)
+        features = self.convolutions(torch.zeros(1, obs_shape[0] * obs_shape[1], *obs_shape[2:])).numel()
+        self.mlp = nn.Sequential(nn.Linear(features, 128), nn.ReLU(inplace=True), nn.Linear(128, outputs))
+        for layer in [*self.convolutions, *self.mlp]:
+            if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                nn.init.orthogonal_(layer.weight, gain if layer is self.mlp[-1] else math.sqrt(2))
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, s):
+        return self.mlp(self.convolutions(s.flatten(1, 2) / 255))
+
+
+def convolutions(stack: int, channels: int, height: int, width: int) -> nn.Sequential:
+    """The slides' convolutional layers, or for images below 36 × 36 MinAtar's; -> features (batch, ·)."""
+    layers = ((32, 8, 4), (64, 4, 2), (64, 3, 1)) if min(height, width) >= 36 else ((16, 3, 1),)
+    net, inputs = nn.Sequential(), stack * channels
+    for outputs, kernel, stride in layers:
+        net.extend([nn.Conv2d(inputs, outputs, kernel, stride), nn.ReLU(inplace=True)])
+        inputs = outputs
+    return net.append(nn.Flatten())
+
+
+class CategoricalPolicy(nn.Module):
+    """π_θ: observations -> one of |A| actions, as (batch, 1)."""
+
+    def __init__(self, obs_shape: tuple[int, ...], num_actions: int):
+        super().__init__()
+        self.net = Network(obs_shape, num_actions, gain=0.01)
+
+    def forward(self, s):
+        return Independent(Categorical(logits=self.net(s).unsqueeze(1), validate_args=False), 1, validate_args=False)
+
+
+def gae(r, v, v2, terminated, done, gamma: float, lam: float):
+    """Â (T, N) of rewards, values of s and s' and ends of episodes (T, N); done: terminated, or cut by a time limit."""
+    delta = r + gamma * (1 - terminated) * v2 - v
+    keep, advantage, later = gamma * lam * (1 - done), torch.empty_like(r), 0.0
+    for t in reversed(range(len(r))):
+        advantage[t] = later = delta[t] + keep[t] * later  # line 5
+    return advantage
+
+
+class PPO:
+    """Networks and optimiser, the targets of lines 4 and 5, the loss of lines 6 and 7. T steps of N environments.
+
+    Minibatches: s (batch, *obs_shape), a (batch, 1), old_log_prob, advantage and r_to_go (batch,).
+    """
+
+    def __init__(self, obs_shape: tuple[int, ...], num_actions: int, args: Args, device: torch.device):
+        self.args = args
+        self.policy = CategoricalPolicy(obs_shape, num_actions).to(device)  # line 1
+        self.value = Network(obs_shape, 1, gain=1.0).to(device)
+        parameters = [*self.policy.parameters(), *self.value.parameters()]
+        self.optimizer = FlatAdam(parameters, lr=args.learning_rate, eps=1e-5)
+
+    @torch.inference_mode()
+    def act(self, obs, explore: bool = True):
+        """Actions (N, 1) for observations (N, *obs_shape): drawn from π_θ, or without exploration its mode."""
+        pi = self.policy(obs)
+        return pi.sample() if explore else pi.mode
+
+    @torch.no_grad()
+    def targets(self, rollout) -> dict:
+        """Of D_k's steps, as rows (T N, ...): s, a, log π_θk(a|s), Â and R̂."""
+        s, (r, terminated, done) = rollout.obs, rollout.r_terminated_done()
+        v = self.value(s.flatten(0, 1)).view(s.shape[:2])  # (T + 1, N)
+        v, v2 = v[:-1], v[1:].clone()
+        for step, last_obs in rollout.cut.items():
+            v2[step] = self.value(last_obs[None]).squeeze()
+        advantage = gae(r, v, v2, terminated, done, self.args.gamma, self.args.lam)  # line 5
+        r_to_go = advantage + v  # line 4
+        advantage = advantage - average_(advantage.mean())
+        advantage = advantage / (average_(advantage.square().mean()).sqrt() + 1e-8)
+        rows = dict(s=s[:-1], a=rollout.a, advantage=advantage, r_to_go=r_to_go)
+        rows = {name: x.flatten(0, 1) for name, x in rows.items()}
+        return rows | {"old_log_prob": self.policy(rows["s"]).log_prob(rows["a"])}
+
+    def loss(self, s, a, old_log_prob, advantage, r_to_go):
+        """The loss of a minibatch, and its three parts."""
+        pi, eps = self.policy(s), self.args.epsilon
+        ratio = (pi.log_prob(a) - old_log_prob).exp()  # ρ
+        policy_loss = -torch.min(ratio * advantage, ratio.clamp(1 - eps, 1 + eps) * advantage).mean()  # line 6
+        value_loss = (self.value(s).squeeze(-1) - r_to_go).square().mean()  # line 7
+        entropy = pi.entropy().mean()
+        loss = policy_loss + self.args.value_coef * value_loss - self.args.entropy_coef * entropy
+        return loss, torch.stack([policy_loss, value_loss, entropy]).detach()
+
+    def update(self, minibatch: dict) -> dict:
+        """A step of Adam on a minibatch; under torchrun, on those of all processes together."""
+        loss, parts = self.loss(**minibatch)
+        self.optimizer.zero_grad()
+        loss.backward()
+        (vector,) = self.optimizer.param_groups[0]["params"]  # of all parameters
+        average_(vector.grad)
+        nn.utils.clip_grad_norm_(vector, self.args.max_grad_norm)
+        self.optimizer.step()  # lines 6, 7
+        parts = average_(parts.clone())  # which a CUDA graph reuses
+        return dict(zip(("losses/policy", "losses/value", "charts/entropy"), parts))
+
+    @torch.no_grad()
+    def diagnostics(self, batch: dict) -> dict:
+        """KL(π_θk, π_θ), the fraction of ρ that line 6 may clip, and the fraction of R̂'s variance that V explains."""
+        log_ratio = self.policy(batch["s"]).log_prob(batch["a"]) - batch["old_log_prob"]
+        ratio, residual = log_ratio.exp(), batch["r_to_go"] - self.value(batch["s"]).squeeze(-1)
+        scalars = {"charts/kl": (ratio - 1 - log_ratio).mean()}
+        scalars["charts/clip_fraction"] = ((ratio - 1).abs() > self.args.epsilon).float().mean()
+        scalars["charts/explained_variance"] = 1 - residual.var() / batch["r_to_go"].var().clamp(min=1e-8)
+        return {name: average_(scalar) for name, scalar in scalars.items()}
+
+
+def train(args: Args) -> dict:
+    """Train, evaluate, and return what <run_dir>/result.json holds; under torchrun, the first process does."""
+    rank, processes = torchrun_processes()
+    check(args, gamma=(0, 1), lam=(0, 1), epsilon=(0, 1), learning_rate=(0, math.inf), max_grad_norm=(0, math.inf))
+    check(args, value_coef=(0, math.inf), entropy_coef=(0, math.inf), update_epochs=(1, math.inf))
+    check(args, num_envs=(1, 4096), num_steps=(2, math.inf), num_minibatches=(1, args.num_envs * args.num_steps))
+    require(args.num_envs % processes == 0, f"--num-envs must be a multiple of the {processes} processes")
+    batch_size = args.num_envs * args.num_steps
+    own_size = batch_size // processes  # of this process's rows
+    require(own_size % args.num_minibatches == 0, f"--num-minibatches must divide a rollout's {own_size} steps")
+    args = replace(args, total_timesteps=math.ceil(args.total_timesteps / batch_size) * batch_size)
+    envs = make_image_envs(args, args.num_envs // processes)
+    device, space = join_processes(set_up_torch(args), processes), envs.single_action_space
+    agent = PPO(envs.single_observation_space.shape, space.n, args, device)
+    rollout = Rollout(args.num_steps, envs, device, torch.uint8)
+    if args.compile:
+        agent.loss = torch.compile(agent.loss, mode="reduce-overhead")
+
+    def act(obs: np.ndarray, explore: bool):
+        return to_env(agent.act(torch.as_tensor(obs[None], device=device), explore), space)[0]
+
+    def evaluation(film: Path | None = None) -> list[float]:
+        return evaluate(act, make_image_env(args, film), args.eval_episodes)
+
+    with (SilentRun if rank else Run)(args, **parts_of(agent)) as run:
+        obs, _ = envs.reset(seed=args.seed + run.step + rank * envs.num_envs)
+        while run.step < args.total_timesteps:  # line 2
+            rollout.start(obs)
+            for t in range(args.num_steps):  # line 3
+                a = agent.act(rollout.obs[t])
+                obs, r, terminated, truncated, info = envs.step(to_env(a, space))
+                rollout.add(t, a, obs, r, terminated, truncated, info)
+                for episode in ended_episodes(info):
+                    run.log_episode(episode)
+            batch = agent.targets(rollout)  # lines 4, 5
+            fraction = run.step / args.total_timesteps if args.anneal else 0.0
+            agent.optimizer.param_groups[0]["lr"] = linear(args.learning_rate, 0.0, fraction)
+            for _ in range(args.update_epochs):
+                for rows in torch.randperm(own_size, device=device).chunk(args.num_minibatches):
+                    minibatch = {name: x[rows] for name, x in batch.items()}
+                    run.log(agent.update(minibatch))  # lines 6, 7
+            run.log(agent.diagnostics(batch))
+            run.advance(batch_size)
+            run.evaluate_and_save(evaluation)
+        return run.finish(evaluation)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Plumbing: the same in every script that has it
+
+
+def require(condition: bool, message: str):
+    """Exit with code 2 and one line unless the condition holds."""
+    if not condition:
+        print("error:", *message.split(), file=sys.stderr)
+        raise SystemExit(2)
+
+
+def check(args, **ranges: tuple[float, float]):
+    """Exit with code 2 and one line unless the settings are finite and lie in these closed ranges."""
+    ranges |= dict(total_timesteps=(1, math.inf), eval_episodes=(1, math.inf), num_threads=(1, os.cpu_count()))
+    ranges |= dict(eval_every=(0, math.inf), checkpoint_every=(0, math.inf), seed=(0, 2**32 - 1))
+    for name, (low, high) in ranges.items():
+        for value in np.ravel(getattr(args, name, [])):
+            fits = low <= value <= high and math.isfinite(value)
+            require(fits, f"--{name.replace('_', '-')} must lie in [{low}, {high}], it is {value}")
+
+
+def set_up_torch(args) -> torch.device:
+    """Seed every random generator, set the number of threads, and return the device."""
+    device, gpu = getattr(args, "device", "cpu"), torch.cuda.is_available()
+    fits = device in ("auto", "cpu") or (device == "cuda" and gpu)
+    require(fits, f"--device must be auto, cpu or, with a GPU, cuda, it is {device}")
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(getattr(args, "num_threads", 1))
+    return torch.device("cuda" if gpu and device != "cpu" else "cpu")
+
+
+def torchrun_processes() -> tuple[int, int]:
+    """This process's rank and the number of processes that torchrun started; 0 and 1 without torchrun."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR")
+    rank, processes, local_rank, port, address = (os.environ.get(name, "") for name in names)
+    if rank or processes:
+        fits = all(map(str.isdecimal, (rank, processes, local_rank, port))) and int(rank) < int(processes) and address
+        require(fits, f"the variables {', '.join(names)} are not those of torchrun: use it, or unset them")
+    return int(rank or 0), int(processes or 1)
+
+
+def join_processes(device: torch.device, processes: int) -> torch.device:
+    """Under torchrun, meet the other processes; on GPUs, each takes its own. Returns the device."""
+    try:
+        if processes > 1 and device.type == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        if processes > 1 and not distributed.is_initialized():
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            distributed.init_process_group(backend, timeout=timedelta(days=7))  # an evaluation keeps the others waiting
+            atexit.register(distributed.destroy_process_group)
+    except (RuntimeError, ValueError) as error:
+        require(False, f"cannot meet the other processes: {error}")
+    return device
+
+
+def average_(x):
+    """Make a tensor its mean over the processes, if there are several; returns it."""
+    if distributed.is_initialized():
+        distributed.all_reduce(x)
+        x /= distributed.get_world_size()
+    return x
+
+
+class FlatAdam(torch.optim.Adam):
+    """Adam on all parameters as one vector, of which they become views: for small networks this is much faster."""
+
+    def __init__(self, parameters, **options):
+        parameters = list(parameters)
+        vector = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
+        vector.grad = torch.zeros_like(vector)
+        nn.utils.vector_to_parameters(vector, parameters)
+        for parameter, gradient in zip(parameters, vector.grad.split([p.numel() for p in parameters])):
+            parameter.grad = gradient.view_as(parameter)
+        super().__init__([vector], fused=True, **options)
+
+    def zero_grad(self, set_to_none: bool = False):
+        super().zero_grad(set_to_none=False)  # the gradients stay views
+
+
+def linear(start: float, end: float, fraction: float) -> float:
+    """From start to end, linearly, while the fraction goes from 0 to 1; then end."""
+    return start + min(fraction, 1.0) * (end - start)
+
+
+class Rollout:
+    """D_k: T steps of N environments, and the last observation of every episode that a time limit ended."""
+
+    def __init__(self, num_steps: int, envs: gym.vector.VectorEnv, device: torch.device, obs_type=torch.float32):
+        obs_space, action_space, size = envs.single_observation_space, envs.single_action_space, envs.num_envs
+        self.obs = torch.zeros(num_steps + 1, size, *obs_space.shape, dtype=obs_type, device=device)
+        action_type = torch.float32 if isinstance(action_space, gym.spaces.Box) else torch.int64
+        self.a = torch.zeros(num_steps, size, math.prod(action_space.shape), dtype=action_type, device=device)
+        self.r_ends = np.zeros((3, num_steps, size), dtype=np.float32)
+        self.cut = {}  # by step and environment, the last observation before a time limit
+
+    def start(self, obs):
+        """Begin anew with the observations s_0 (N, *obs_shape)."""
+        self.obs[0], self.cut = torch.as_tensor(obs), {}
+
+    def add(self, t: int, a, obs, r, terminated, truncated, info: dict):
+        """Step t: a (N, action_dim) and what it led to; obs is the next episode's first where one ended."""
+        self.a[t], self.obs[t + 1] = a, torch.as_tensor(obs)
+        self.r_ends[:, t] = r, terminated, terminated | truncated
+        for n in np.flatnonzero(truncated):
+            self.cut[t, n] = torch.as_tensor(info["final_obs"][n], dtype=self.obs.dtype, device=self.obs.device)
+
+    def r_terminated_done(self):
+        """r, terminated and done, terminated or truncated, as tensors (T, N)."""
+        return torch.from_numpy(self.r_ends).to(self.obs.device).unbind()
+
+
+def ended_episodes(info: dict) -> list[dict]:
+    """The returns and lengths of the episodes that ended in a step of vector environments."""
+    episode = info.get("final_info", {}).get("episode", {})
+    return [{"r": episode["r"][n], "l": episode["l"][n]} for n in np.flatnonzero(episode.get("_r", []))]
+
+
+def to_env(a, space: gym.Space) -> np.ndarray:
+    """Actions (batch, action_dim) of a policy as an environment takes them: inside the Box, in the space's shape."""
+    a = a.cpu().numpy().reshape(-1, *space.shape)
+    return np.clip(a, space.low, space.high) if isinstance(space, gym.spaces.Box) else a
+
+
+def make_envs(make, num_envs: int) -> gym.vector.VectorEnv:
+    """Environments of `make` that step together, each reset in the very step that ends its episode."""
+    return gym.vector.SyncVectorEnv([make] * num_envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+
+
+def make_image_envs(args, num_envs: int) -> gym.vector.VectorEnv:
+    """Environments for training: Atari games step together in ale-py's threads, other environments one by one."""
+    env = make_image_env(args)
+    names = {"game", "repeat_action_probability", "full_action_space", "max_num_frames_per_episode"}
+    kwargs = {name: value for name, value in env.unwrapped.spec.kwargs.items() if name in names}
+    if kwargs.keys() != names or json.loads(args.env_kwargs).keys() - names:  # not Atari, or with other settings
+        return make_envs(lambda: make_image_env(args, training=True), num_envs)
+    kwargs |= dict(num_envs=num_envs, num_threads=args.num_threads, noop_max=31, use_fire_reset=False)
+    kwargs |= dict(life_loss_info=True, reward_clipping=False, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+    return TrainingGames(optional("ale_py.vector_env", "ale-py").AtariVectorEnv(**kwargs), env.observation_space)
+
+
+class TrainingGames(gym.vector.VectorWrapper):
+    """TrainingGame for N games of ale-py that step together; counts the returns and lengths of whole games."""
+
+    def __init__(self, env: gym.vector.VectorEnv, space: gym.Space):
+        super().__init__(env)
+        self.single_observation_space = space
+
+    def reset(self, seed: int):
+        obs, info = self.env.reset(seed=(seed + np.arange(self.num_envs)) % 2**31)
+        self.episode = {"r": np.zeros(self.num_envs), "l": np.zeros(self.num_envs, int)}
+        self.frame = info["episode_frame_number"]
+        return self.images(obs), {}
+
+    def step(self, actions):
+        obs, r, terminated, truncated, info = self.env.step(actions)
+        self.episode = {"r": self.episode["r"] + r, "l": self.episode["l"] + 1}
+        over = truncated | (info["episode_frame_number"] < self.frame)  # otherwise the game goes on
+        self.frame = info["episode_frame_number"]
+        answer = {"final_info": {"episode": self.episode | {"_r": over}}}
+        if "final_obs" in info:
+            answer["final_obs"] = self.images(info["final_obs"])
+        self.episode = {name: np.where(over, 0, value) for name, value in self.episode.items()}
+        return self.images(obs), np.sign(r), terminated, truncated, answer
+
+    def images(self, obs):
+        """(N, 4, 84, 84) -> (N, 4, 1, 84, 84); frames before a game's first are as the first, not black."""
+        for n in np.flatnonzero(self.episode["l"] < 3):
+            first = 3 - self.episode["l"][n]
+            obs[n, :first] = obs[n, first]
+        return obs[:, :, None]
+
+
+class TrainingGame(gym.Wrapper):
+    """In training only: rewards keep nothing but their sign; a lost life ends the episode, and the game goes on."""
+
+    game_over = True
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        info = {}
+        if self.game_over or seed is not None:
+            self.obs, info = self.env.reset(seed=seed, options=options)
+        self.lives = self.unwrapped.ale.lives()
+        return self.obs, info
+
+    def step(self, action):
+        self.obs, reward, terminated, truncated, info = self.env.step(action)
+        self.game_over = terminated or truncated
+        life_lost = self.unwrapped.ale.lives() < self.lives
+        self.lives = self.unwrapped.ale.lives()  # which a bonus may raise
+        return self.obs, float(np.sign(reward)), terminated or life_lost, truncated, info
+
+
+def make_image_env(args, film: Path | None = None, training: bool = False) -> gym.Env:
+    """make_env; images become bytes (stack, channels, height, width), Atari's as Mnih et al. (2015) prepare them."""
+    atari, minatar = args.env_id.startswith("ALE/") or "NoFrameskip" in args.env_id, "MinAtar/" in args.env_id
+    if atari:
+        fixed = any(word in args.env_kwargs for word in ("frameskip", "continuous", "obs_type"))
+        require(not fixed, "Atari games are prepared as in 2015: leave out frameskip, continuous and obs_type")
+        optional("cv2", "opencv-python-headless")
+        gym.register_envs(optional("ale_py", "ale-py"))
+        if args.env_id in gym.registry:
+            gym.registry[args.env_id].kwargs["frameskip"] = 1  # AtariPreprocessing skips
+    if minatar and "MinAtar/Breakout-v1" not in gym.registry:
+        optional("minatar.gym", "minatar").register_envs()
+    env = make_env(args, film)
+    require_spaces(env, obs="image", action="Discrete")
+    if atari:
+        env = Episodes(gym.wrappers.AtariPreprocessing(env.env, grayscale_newaxis=True))
+        env = TrainingGame(env) if training else env
+    height, width, channels = env.observation_space.shape
+    require(min(height, width) >= 3, f"dqn_atari needs images of at least 3 × 3, {args.env_id} has {height} × {width}")
+    space = gym.spaces.Box(0, 255, (channels, height, width), np.uint8)
+    scale = np.uint8(255 if env.observation_space.dtype == bool else 1)
+    env = gym.wrappers.TransformObservation(env, lambda image: np.moveaxis(image, 2, 0) * scale, space)
+    return gym.wrappers.FrameStackObservation(env, 1 if minatar else 4)
+
+
+def optional(module: str, package: str):
+    """The module, which only some environments need; without it, exit with the line that installs it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        require(False, f"this environment needs {module}: pip install {package}")
+
+
+class Episodes(gym.Wrapper):
+    """Counts episodes' returns and lengths, copies observations, and refuses numbers that are not finite."""
+
+    def reset(self, **kwargs):
+        obs, info = self.env.reset(**kwargs)
+        self.episode = {"r": 0.0, "l": 0}
+        return copy.copy(obs), info
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        reward = float(np.asarray(reward).item())  # which may have the shape (1,)
+        if not (math.isfinite(reward) and np.isfinite(obs).all()):
+            raise FloatingPointError(f"{self.spec.id} gave the observation {obs} and the reward {reward}")
+        self.episode = {"r": self.episode["r"] + reward, "l": self.episode["l"] + 1}
+        if terminated or truncated:
+            info = info | {"episode": self.episode}
+        return copy.copy(obs), reward, bool(terminated), bool(truncated), info
+
+
+def make_env(args, film: Path | None = None) -> gym.Env:
+    """The environment of the settings; with `film`, its first episode is recorded in that folder."""
+    if args.capture_video and sys.platform == "linux" and "DISPLAY" not in os.environ:
+        os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo draws without a display
+    gym.logger.min_level = gym.logger.ERROR  # no word about newer versions of the environment at each evaluation
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # where `my_module:MyEnv-v0` may be
+    try:
+        kwargs = json.loads(args.env_kwargs) | ({"render_mode": "rgb_array"} if args.capture_video else {})
+        env = gym.make(args.env_id, **kwargs)
+        if args.capture_video:  # what a film lacks is found before training
+            importlib.import_module("moviepy")
+            env.reset(seed=args.seed)
+            env.render()
+        if film:
+            env = gym.wrappers.RecordVideo(env, str(film), episode_trigger=lambda episode: episode == 0)
+    except Exception as error:  # whatever an environment raises, its user reads one line
+        problem = str(error) or type(error).__name__
+        require(False, f"cannot make {args.env_id} with --env-kwargs {args.env_kwargs}: {problem}")
+    return Episodes(env)
+
+
+def require_spaces(env: gym.Env, obs: str, action: str):
+    """Exit with code 2 and one line unless the spaces are of these kinds, such as "Discrete or vector": see kind_of."""
+    spaces = f"{env.spec.id} has {env.observation_space} and {env.action_space}"
+    kinds = kind_of(env.observation_space), kind_of(env.action_space)
+    fits = all(kind.endswith(tuple(needed.split(" or "))) for kind, needed in zip(kinds, (obs, action)))
+    scripts = {"Discrete, Discrete": "q_learning, sarsa", "vector, Discrete": "dqn, ppo", "vector, vector": "td3, ppo"}
+    scripts |= {"vector, multi-discrete": "ppo", "image, Discrete": "dqn_atari, ppo_atari"}
+    fitting = scripts.get(", ".join(kinds).replace("bounded ", ""), "another environment")
+    require(fits, f"{Path(__file__).stem} needs {obs} observations and {action} actions; {spaces}; try {fitting}")
+
+
+def kind_of(space: gym.Space) -> str:
+    """Discrete or multi-discrete (from 0 on), vector or bounded vector (a Box of one axis), image (of bytes), or other."""
+    if isinstance(space, gym.spaces.Box):
+        image = len(space.shape) == 3 and space.dtype in (np.uint8, bool)
+        vector = "bounded vector" if space.is_bounded() else "vector"
+        return vector if len(space.shape) == 1 else "image" if image else "other"
+    names = {gym.spaces.Discrete: "Discrete", gym.spaces.MultiDiscrete: "multi-discrete"}
+    return "other" if np.any(getattr(space, "start", 0)) else names.get(type(space), "other")
+
+
+def evaluate(act, env: gym.Env, episodes: int, max_steps: int = 27_000) -> list[float]:
+    """Undiscounted returns of `act` without exploration in `env`, always from the same seeds; closes `env`."""
+    returns = []
+    for episode in range(episodes):
+        obs, _ = env.reset(seed=10_000 + episode)
+        returns.append(0.0)
+        for _ in range(max_steps):  # where no time limit ends an episode, a greedy policy may walk in circles
+            obs, reward, terminated, truncated, _ = env.step(act(obs, explore=False))
+            returns[-1] += reward
+            if terminated or truncated:
+                break
+    with contextlib.suppress(Exception):  # an environment that cannot be closed has been evaluated all the same
+        env.close()
+    return returns
+
+
+def parts_of(agent) -> dict:
+    """What a checkpoint must hold of the agent: its networks, their targets, its optimisers."""
+    return {name: part for name, part in vars(agent).items() if hasattr(part, "state_dict")}
+
+
+class Run:
+    """A run's folder (settings, TensorBoard log, checkpoint, result), its clock and its progress bar.
+
+    `with Run(args, **parts)` opens the folder or, to resume, loads its checkpoint into the parts, each with a
+    state_dict. Ctrl-C and SIGTERM end the run at the end of a step, with a checkpoint. A full disk and numbers that are
+    not finite end it with one line; the last checkpoint then stays as it is.
+    """
+
+    def __init__(self, args, **parts):
+        name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        self.folder = Path(args.run_dir or f"runs/{name}").absolute()  # an environment may change the working folder
+        self.args, self.parts, self.step, self.seconds, self.saved, self.flushed = args, parts, 0, 0.0, -1, 0
+        self.sums, self.next_line, self.status, self.signal = {}, 30.0, "no episode yet", 0
+        free = args.resume or not (self.folder / "args.json").exists()
+        require(free, f"{self.folder} holds a run: --resume it, or choose another --run-dir")
+        if args.resume and (self.folder / "checkpoint.pt").exists():
+            self.load(self.folder / "checkpoint.pt")
+        settings = json.dumps({"script": Path(__file__).stem, **asdict(args)}, indent=1)
+        self.write("args.json", lambda path: path.write_text(settings))
+        self.writer = SummaryWriter(self.folder, purge_step=self.step + (self.step < args.total_timesteps))
+        self.bar = tqdm(initial=self.step, total=args.total_timesteps, unit="step", disable=None)
+        self.began = time.perf_counter() - self.seconds
+
+    def __enter__(self):
+        with contextlib.suppress(ValueError):  # only the main thread receives signals
+            signal.signal(signal.SIGINT, self.interrupt)
+            signal.signal(signal.SIGTERM, self.interrupt)
+        return self
+
+    def interrupt(self, number: int, frame):
+        """The run ends with this step, or after this evaluation; the same signal again ends it at once."""
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def load(self, path: Path):
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=os.name == "posix")
+            self.step, self.seconds, (cpu, *gpus) = state["step"], state["seconds"], state["rng"]
+            torch.set_rng_state(cpu)
+            torch.cuda.set_rng_state_all(gpus[: torch.cuda.device_count()])
+            for name, part in self.parts.items():
+                part.load_state_dict(state[name])
+        except Exception as error:  # cut off, empty, of other settings
+            require(False, f"{path} is not a checkpoint of this run: {error!r:.200}")
+        self.saved = self.flushed = self.step
+
+    def write(self, name: str, save):
+        """Let save(path) write a file aside, then put it in place: a crash leaves the old file or the new one."""
+        aside = self.folder / f"{name}.tmp"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save(aside)
+            os.replace(aside, self.folder / name)
+        except (OSError, RuntimeError) as error:  # no permission, a full disk
+            with contextlib.suppress(OSError):
+                aside.unlink()
+            require(False, f"cannot write {self.folder / name}; what was saved before stays: {error!r:.200}")
+
+    def advance(self, count: int = 1):
+        """`count` more environment steps are done."""
+        self.step, self.stride, self.seconds = self.step + count, count, time.perf_counter() - self.began
+        self.bar.update(count)
+        if self.due(max(self.args.total_timesteps // 500, 1)):
+            self.flush()
+        if self.bar.disable and self.seconds > self.next_line:  # no terminal: a line now and then
+            self.next_line, speed = self.seconds + 30, self.step / self.seconds
+            print(f"{self.step}/{self.args.total_timesteps} steps | {self.status} | {speed:.0f} steps/s", flush=True)
+
+    def due(self, every: int) -> bool:
+        """Did the latest steps complete a multiple of `every`? Not at the end: `finish` evaluates and saves anyway."""
+        return every > 0 and self.step % every < self.stride and self.step < self.args.total_timesteps
+
+    def log(self, scalars: dict):
+        """Collect scalars; five hundred times a run their means since the last time go to TensorBoard."""
+        for tag, value in scalars.items():
+            total, count = self.sums.get(tag, (0.0, 0))
+            self.sums[tag] = (total + value, count + 1)
+
+    def log_episode(self, episode: dict):
+        """Collect the return r and the length l of an episode of training."""
+        self.log({"charts/episodic_return": float(episode["r"]), "charts/episodic_length": int(episode["l"])})
+        self.status = f"return {float(episode['r']):.2f}"
+        self.bar.set_description_str(self.status, refresh=False)
+
+    def flush(self):
+        """Write what `log` collected, at most once a step. A loss that is not finite ends the run."""
+        if self.step > self.flushed:
+            self.log({"charts/steps_per_second": self.step / self.seconds})
+            for tag, (total, count) in self.sums.items():
+                mean = float(total) / count
+                if tag.startswith("losses/") and not math.isfinite(mean):
+                    raise FloatingPointError(f"{tag} is {mean}")
+                self.writer.add_scalar(tag, mean, self.step)
+            self.sums, self.flushed = {}, self.step
+
+    def save(self):
+        """Write the checkpoint, unless one of its numbers is not finite."""
+        self.flush()
+        self.writer.flush()
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        if not is_finite(state):
+            raise FloatingPointError("a number in the checkpoint is not finite")
+        state |= {"step": self.step, "seconds": self.seconds}
+        state["rng"] = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+        self.write("checkpoint.pt", lambda path: torch.save(state, path))
+        self.saved = self.step
+
+    def evaluate_and_save(self, evaluation):
+        """Each when it is due; `evaluation` returns the returns of its episodes. Ends the run after a signal."""
+        if self.due(self.args.eval_every):
+            self.writer.add_scalar("eval/return", np.mean(evaluation()), self.step)
+        if self.due(self.args.checkpoint_every) or self.signal:
+            self.save()
+        if self.signal:
+            print(f"\nstopped at step {self.step}; continue with --resume {self.folder}", file=sys.stderr)
+            raise SystemExit(128 + self.signal)
+
+    def finish(self, evaluation) -> dict:
+        """Save, evaluate once more (and film it, if asked), write result.json, print the final line."""
+        if self.step > self.saved:
+            self.save()
+        self.bar.close()
+        returns = evaluation(self.folder / "videos" if self.args.capture_video else None)
+        mean, std, speed = float(np.mean(returns)), float(np.std(returns)), self.step / self.seconds
+        self.writer.add_scalar("eval/return", mean, self.step)
+        result = {"script": Path(__file__).stem, "args": asdict(self.args), "return": mean, "std": std}
+        result |= {"returns": returns, "steps": self.step, "seconds": self.seconds, "steps_per_second": speed}
+        self.write("result.json", lambda path: path.write_text(json.dumps(result, indent=1)))
+        print(f"final: return {mean:.2f} ± {std:.2f} over {len(returns)} episodes", end=" | ")
+        print(f"{self.step} steps | {self.seconds:.1f} s | {speed:.0f} steps/s")
+        return result
+
+    def __exit__(self, kind, error, trace):
+        """Say in one line why the loop ended early; below it, an error of the environment keeps its traceback."""
+        with contextlib.suppress(ValueError):
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self.bar.close()
+        self.writer.close()
+        if isinstance(error, Exception):
+            ending = f"at step {self.step}; the last good checkpoint, if any, is in {self.folder}"
+            broken = [f"{name} is not finite" for name, part in self.parts.items() if not is_finite(part.state_dict())]
+            problems = broken + [str(error)] * isinstance(error, FloatingPointError)
+            require(not problems, f"{', '.join(problems)} {ending}")
+            print(f"{type(error).__name__} {ending}", file=sys.stderr)
+
+
+class SilentRun(Run):
+    """The run of every process but the first: it loads the checkpoint and counts steps, but writes nothing.
+
+    After a signal the first process saves a checkpoint and ends; the others end as soon as they miss it.
+    """
+
+    def __init__(self, args, **parts):
+        self.parts, self.step, self.signal, checkpoint = parts, 0, 0, Path(args.run_dir) / "checkpoint.pt"
+        if args.resume and checkpoint.exists():
+            self.load(checkpoint)
+        torch.manual_seed(args.seed + self.step + int(os.environ["RANK"]))
+
+    def advance(self, count: int = 1):
+        self.step += count
+
+    def nothing(self, *_):
+        pass
+
+    log = log_episode = evaluate_and_save = finish = nothing
+
+    def __exit__(self, kind, error, trace):
+        if self.signal and isinstance(error, RuntimeError):
+            raise SystemExit(128 + self.signal)
+
+
+def is_finite(state) -> bool:
+    """Are all numbers of a state_dict finite?"""
+    if isinstance(state, torch.Tensor):
+        return bool(state.isfinite().all())
+    inner = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
+    return all(map(is_finite, inner))
+
+
+def saved_args(folder: str) -> Args:
+    """The settings of the run in this folder, to resume it; exits with code 2 and one line if it holds no such run."""
+    path, script, default = Path(folder) / "args.json", Path(__file__).stem, asdict(Args())
+    try:
+        saved = json.loads(path.read_text())
+        fits = saved.pop("script") == script and saved.keys() == default.keys()
+        fits = fits and all(isinstance(saved[name], (type(default[name]), int)) for name in default)
+    except Exception:  # no such file, no JSON, not what a run writes
+        fits = False
+    require(fits, f"{path} does not hold the settings of a run of {script}")
+    return Args(**saved | {"run_dir": folder, "resume": folder})
+
+
+def main():
+    """Train with the settings of the command line; beside --resume, with those of the run in that folder."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal without UTF-8
+    description = __doc__.replace("\n", "\n ")  # tyro keeps the line breaks before indented lines
+    args = tyro.cli(Args, description=description)
+    if args.resume:
+        saved = saved_args(args.resume)
+        args = tyro.cli(Args, description=description, default=saved)
+        renewable = {"total_timesteps", "eval_every", "eval_episodes", "checkpoint_every", "capture_video"}
+        renewable |= {"device", "num_threads", "compile"}
+        other = {name for name, value in vars(args).items() if value != vars(saved)[name]} - renewable
+        require(not other, f"beside --resume, leave out {', '.join(sorted(other))}: these settings of a run stay")
+    try:
+        train(args)
+    except (MemoryError, RuntimeError) as error:
+        require("memory" not in f"{error!r}".lower(), f"not enough memory: {error}")
+        raise
+
+
+if __name__ == "__main__":
+    main()
