@@ -214,13 +214,14 @@ def begin(job: Job) -> list[str]:
     return [task.script, *shlex.split(task.args), "--seed", str(job.seed), "--run-dir", str(folder)]
 
 
-# On Linux the process gets SIGTERM, on which it saves a checkpoint, when the runner dies, of whatever cause.
-CHILD = """
-import ctypes, os, signal, sys
-if sys.platform == "linux":
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-if os.getppid() == int(sys.argv[1]):
-    os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
+# Starts a script and ends it with SIGTERM, on which it saves a checkpoint, as soon as standard input is closed: by the
+# runner, or because the runner has died, of whatever cause.
+SUPERVISOR = """
+import os, subprocess, sys, threading
+script = subprocess.Popen([sys.executable, *sys.argv[1:]], stdin=subprocess.DEVNULL)
+threading.Thread(target=lambda: (sys.stdin.read(), script.terminate()), daemon=True).start()
+code = script.wait()
+os._exit(code if code >= 0 else 128 - code)
 """
 
 
@@ -234,28 +235,29 @@ class Children:
         """Run a script to its end; returns its exit code."""
         with self.lock:
             if self.stopped:
-                return -signal.SIGTERM
+                return 128 + signal.SIGTERM
             child = subprocess.Popen(
-                [sys.executable, "-c", CHILD, str(os.getpid()), *arguments],
+                [sys.executable, "-c", SUPERVISOR, *arguments],
                 cwd=ROOT,
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C reaches the runner, which ends its processes
-                pass_fds=[lock.fileno()],  # the run stays locked until the process has ended, too
+                start_new_session=True,  # Ctrl-C reaches the runner alone, which ends its scripts
+                pass_fds=[lock.fileno()],  # the run stays locked until its script has ended
             )
             self.running.add(child)
         code = child.wait()
         with self.lock:
             self.running.remove(child)
+            child.stdin.close()
         return code
 
     def stop(self):
         with self.lock:
             self.stopped = True
             for child in self.running:
-                child.terminate()
+                child.stdin.close()
 
 
 children = Children()

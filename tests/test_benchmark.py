@@ -32,7 +32,7 @@ SHORT = Task(
     seeds=2,
 )
 FAKE = """
-import argparse, json, os, time  # a script as the runner knows it, without the learning
+import argparse, json, os, signal, time  # a script as the runner knows it, without the learning
 from pathlib import Path
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -52,7 +52,17 @@ settings = json.loads((folder / "args.json").read_text()) if args.resume else va
 (folder / "args.json").write_text(json.dumps(settings))
 with open(folder.parent / "starts", "a") as file:
     print(settings["seed"], os.getpid(), "resumed" if args.resume else "fresh", file=file)
-time.sleep(float(settings["wait"]) if not args.resume else 0)
+ended = []
+signal.signal(signal.SIGTERM, lambda number, frame: ended.append(number))
+end = time.time() + float(settings["wait"]) * (not args.resume)
+while time.time() < end and not ended:
+    time.sleep(0.05)
+if ended:
+    time.sleep(0.5)
+    (folder / "checkpoint").touch()
+    with open(folder.parent / "ends", "a") as file:
+        print(*ended, file=file)
+    raise SystemExit(143)
 if settings["seed"] == settings["fail"]:
     print("error: this seed fails")
     raise SystemExit(2)
@@ -429,7 +439,7 @@ def test_leaves_alone_what_another_runner_has_finished(folders, fake, again):
     assert good and "another runner has finished it" in line and starts(folders) == ["1 fresh"]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has died")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("how, code", [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_killed_runner_leaves_no_process(elsewhere, how, code):
     runner = elsewhere("--wait 100", "--jobs", "2")
@@ -448,6 +458,8 @@ def test_a_killed_runner_leaves_no_process(elsewhere, how, code):
     assert again.returncode == 0, said
     lines = (elsewhere.folder / "starts").read_text().splitlines()
     assert [line.split()[2] for line in lines] == ["fresh", "fresh", "resumed", "resumed"]
+    ends = (elsewhere.folder / "ends").read_text().split()
+    assert ends == ["15"] * 2, "each got one signal, and the time to save a checkpoint"
 
 
 def test_a_stopped_runner_begins_nothing_more(elsewhere):
@@ -671,6 +683,7 @@ def test_paper_in_readme_is_the_one_of_the_docstring(script):
     text = ast.get_docstring(ast.parse((ROOT / script).read_text()), clean=False)
     paper = re.search(r"^Paper (.*?)^Notes ", text, re.M | re.S).group(1)
     links = r"https?://[^\s;,()]*[^\s;,().]"
+    assert script in rows_of_scripts(), "it has no row"
     row = " ".join(rows_of_scripts()[script])
     shown, named = set(re.findall(links, row)), re.findall(links, paper)
     assert named[0] in shown, "the docstring's first paper"
