@@ -237,9 +237,21 @@ TASKS = [  # the first task of a script is the one that README shows
         seeds=5,
     ),
     # --- reinforce, actor_critic --------------------------------------------------------------------------------------
-    Task("reinforce__CartPole-v1", "algos/reinforce.py", "", 475, "gymnasium: the environment's own reward threshold"),
     Task(
-        "actor_critic__CartPole-v1", "algos/actor_critic.py", "", 195, "gymnasium: the reward threshold of CartPole-v0"
+        "reinforce__CartPole-v1",
+        "algos/reinforce.py",
+        "",
+        475,
+        "gymnasium: the environment's own reward threshold",
+        seeds=5,
+    ),
+    Task(
+        "actor_critic__CartPole-v1",
+        "algos/actor_critic.py",
+        "",
+        195,
+        "gymnasium: the reward threshold of CartPole-v0",
+        seeds=5,
     ),
     # --- td3 ----------------------------------------------------------------------------------------------------------
     Task(
