@@ -52,7 +52,7 @@ class Comparison:
 
 
 HALF_CHEETAH = dict(learning_rate=3e-4, batch_size=256, learning_starts=1_000, policy_kwargs={"net_arch": [256, 256]})
-DQN = dict(learning_rate=2.5e-4, batch_size=128, buffer_size=10_000, learning_starts=1_000, exploration_fraction=0.5)
+DQN = dict(learning_rate=2.5e-4, batch_size=128, buffer_size=10_000, learning_starts=1_000)
 PPO = dict(num_steps=128, gamma=0.99, lam=0.95, learning_rate=2.5e-4)
 HALF_CHEETAH_PPO = dict(
     env_id="HalfCheetah-v4",
@@ -83,12 +83,18 @@ COMPARISONS = {
     "dqn CartPole-v1": Comparison(
         "algos/dqn.py",
         50_000,
-        DQN | dict(hidden_sizes=[120, 84], train_every=10, gradient_steps=1, target_every=500, epsilon_end=0.05),
+        DQN | dict(hidden_sizes=[120, 84], train_every=10, target_every=50, epsilon_end=0.05, epsilon_steps=25_000),
         ("dqn.py", "--learning-starts 1000"),
         (
             "DQN",
             "CartPole-v1",
-            DQN | dict(policy_kwargs={"net_arch": [120, 84]}, train_freq=10, target_update_interval=500),
+            DQN
+            | dict(
+                policy_kwargs={"net_arch": [120, 84]},
+                exploration_fraction=0.5,
+                train_freq=10,
+                target_update_interval=500,
+            ),
         ),
     ),
     "ppo CartPole-v1": Comparison(
@@ -153,11 +159,11 @@ def measure_ours(comparison: Comparison, folder: Path = Path("run")) -> float:
     settings = dict(total_timesteps=comparison.steps, eval_every=0, run_dir=str(folder)) | comparison.args
     advance, left, start = module.Run.advance, comparison.steps, time.process_time()
 
-    def advance_and_begin_anew(run, count):
+    def advance_and_begin_anew(run, count=1):
         nonlocal left, start
         advance(run, count)
         if left == comparison.steps and run.step >= comparison.steps // 2:  # by now, all is compiled
-            left, start = run.last - run.step, time.process_time()
+            left, start = settings["total_timesteps"] - run.step, time.process_time()
 
     if settings.get("compile"):
         module.Run.advance = advance_and_begin_anew

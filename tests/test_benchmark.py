@@ -20,7 +20,7 @@ import run
 import speed
 import torch
 import tyro
-from conftest import ROOT, SCRIPTS, load
+from conftest import ROOT, SCRIPTS, fields, load
 from tasks import TASKS, Task
 
 SHORT = Task(
@@ -42,7 +42,7 @@ class Args:
     resume: str = ""
 
 parser = argparse.ArgumentParser()
-for flag, default in dict(run_dir="", resume="", seed="", wait="0", fail="", late="", value="5").items():
+for flag, default in dict(run_dir="", resume="", seed="", wait="0", fail="", late="", linger="0", value="5").items():
     parser.add_argument("--" + flag.replace("_", "-"), default=default)
 args = parser.parse_args()
 folder = Path(args.resume or args.run_dir)
@@ -58,7 +58,7 @@ end = time.time() + float(settings["wait"]) * (not args.resume)
 while time.time() < end and not ended:
     time.sleep(0.05)
 if ended:
-    time.sleep(0.5)
+    time.sleep(0.5 + float(settings["linger"]))
     (folder / "checkpoint").touch()
     with open(folder.parent / "ends", "a") as file:
         print(*ended, file=file)
@@ -462,6 +462,19 @@ def test_a_killed_runner_leaves_no_process(elsewhere, how, code):
     assert ends == ["15"] * 2, "each got one signal, and the time to save a checkpoint"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_run_stays_locked_until_its_script_has_ended(elsewhere):
+    runner = elsewhere("--wait 100 --linger 5", "--seeds", "1")
+    (script,) = started(elsewhere, 1)
+    runner.kill()
+    runner.communicate(timeout=60)
+    other = elsewhere("--wait 100 --linger 5", "--seeds", "1")
+    said = other.communicate(timeout=60)
+    assert "another runner works on it" in said[0] and other.returncode == 0, said
+    while is_alive(script):
+        time.sleep(0.1)
+
+
 def test_a_stopped_runner_begins_nothing_more(elsewhere):
     assert elsewhere("--wait 0").wait(timeout=60) == 0
     again = elsewhere("--wait 100", "--jobs", "1", "--again")
@@ -711,6 +724,12 @@ def test_speed_is_a_table(folders):
     (folders / "results" / "speed.json").write_text("{")
     with pytest.raises(ValueError, match="speed.json"):
         plot.speed_rows()
+
+
+@pytest.mark.parametrize("name", speed.COMPARISONS)
+def test_speed_knows_the_settings_of_the_script(name):
+    comparison = speed.COMPARISONS[name]
+    assert set(comparison.args) <= fields(comparison.script)
 
 
 def test_speed_leaves_compilation_out(monkeypatch, tmp_path):
