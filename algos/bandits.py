@@ -233,14 +233,14 @@ class ShortRun:
             self.writer.add_scalar(tag, float(value), self.step)
 
     def finish(self, evaluation) -> dict:
-        """Evaluate (and film it, if asked), write args.json and result.json, print the final line."""
+        """Evaluate (and film it, if asked), write result.json and args.json, print the final line."""
         returns = evaluation(self.folder / "videos" if getattr(self.args, "capture_video", False) else None)
         mean, std, speed = float(np.mean(returns)), float(np.std(returns)), self.step / self.seconds
         self.log({"eval/return": mean, "charts/steps_per_second": speed})
         result = {"script": Path(__file__).stem, "args": asdict(self.args), "return": mean, "std": std}
         result |= {"returns": returns, "steps": self.step, "seconds": self.seconds, "steps_per_second": speed}
-        self.write("args.json", {"script": Path(__file__).stem, **asdict(self.args)})
         self.write("result.json", result)
+        self.write("args.json", {"script": Path(__file__).stem, **asdict(self.args)})
         print(f"final: return {mean:.2f} ± {std:.2f} over {len(returns)} episodes", end=" | ")
         print(f"{self.step} steps | {self.seconds:.1f} s | {speed:.0f} steps/s")
         return result
@@ -264,5 +264,7 @@ def main_without_resume():
         raise
 
 
+main = main_without_resume  # the other scripts have a main that resumes
+
 if __name__ == "__main__":
-    main_without_resume()
+    main()

@@ -258,24 +258,23 @@ def make_env(args, film: Path | None = None) -> gym.Env:
 
 def require_spaces(env: gym.Env, obs: str, action: str):
     """Exit with code 2 and one line unless the spaces are of these kinds, such as "Discrete or vector": see kind_of."""
-    scripts = {"Discrete Discrete": "q_learning, sarsa", "vector Discrete": "dqn, ppo", "vector vector": "td3, ppo"}
-    scripts |= {"vector MultiDiscrete": "ppo", "image Discrete": "dqn_atari, ppo_atari"}
-    kinds = [kind_of(space) for space in (env.observation_space, env.action_space)]
-    for kind, needed in zip(kinds, (obs, action)):
-        problem = f"{Path(__file__).stem} needs {obs} observations and {action} actions; {env.spec.id} has "
-        problem += f"{env.observation_space} and {env.action_space}; try "
-        problem += scripts.get(" ".join(kind.removeprefix("bounded ") for kind in kinds), "another environment")
-        require({kind, kind.removeprefix("bounded ")} & set(needed.split(" or ")), problem)
+    spaces = f"{env.spec.id} has {env.observation_space} and {env.action_space}"
+    kinds = kind_of(env.observation_space), kind_of(env.action_space)
+    fits = all(kind.endswith(tuple(needed.split(" or "))) for kind, needed in zip(kinds, (obs, action)))
+    scripts = {"Discrete, Discrete": "q_learning, sarsa", "vector, Discrete": "dqn, ppo", "vector, vector": "td3, ppo"}
+    scripts |= {"vector, multi-discrete": "ppo", "image, Discrete": "dqn_atari, ppo_atari"}
+    fitting = scripts.get(", ".join(kinds).replace("bounded ", ""), "another environment")
+    require(fits, f"{Path(__file__).stem} needs {obs} observations and {action} actions; {spaces}; try {fitting}")
 
 
 def kind_of(space: gym.Space) -> str:
-    """Discrete, MultiDiscrete (from 0 on), vector, bounded vector (Boxes of one axis), image (of bytes) or other."""
+    """Discrete or multi-discrete (from 0 on), vector or bounded vector (Box of one axis), image (of bytes) or other."""
     if isinstance(space, gym.spaces.Box):
         image = len(space.shape) == 3 and space.dtype in (np.uint8, bool)
         vector = "bounded vector" if space.is_bounded() else "vector"
         return vector if len(space.shape) == 1 else "image" if image else "other"
-    discrete = isinstance(space, (gym.spaces.Discrete, gym.spaces.MultiDiscrete)) and not np.any(space.start)
-    return type(space).__name__ if discrete else "other"
+    names = {gym.spaces.Discrete: "Discrete", gym.spaces.MultiDiscrete: "multi-discrete"}
+    return "other" if np.any(getattr(space, "start", 0)) else names.get(type(space), "other")
 
 
 def evaluate(act, env: gym.Env, episodes: int, max_steps: int = 27_000) -> list[float]:

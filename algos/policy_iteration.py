@@ -30,8 +30,8 @@ sweeps; V is 0 at terminal states. As it stands the picture can go on forever be
 4.4): here the old action stays unless another one is better by more than `tie`. With γ = 1 a policy that never ends has
 no value; there, start from the equiprobable policy with --uniform-start.
 
-Result  first command: 4 improvements to V(10, 10) = 574.95, return ? over 1000 years
-        second command: V = 0.8235 without the time limit, return ? over 1000 episodes within it
+Result  first command: 4 improvements to V(10, 10) = 574.95, return 17926.97 ± 486.65 over 1000 years
+        second command: V = 0.8235 without the time limit, return 0.73 ± 0.44 over 1000 episodes within it
         Figures 4.1 and 4.2: benchmark/figures/grid_world.png and jacks_car_rental.png
 """
 
@@ -252,24 +252,23 @@ def make_env(args, film: Path | None = None) -> gym.Env:
 
 def require_spaces(env: gym.Env, obs: str, action: str):
     """Exit with code 2 and one line unless the spaces are of these kinds, such as "Discrete or vector": see kind_of."""
-    scripts = {"Discrete Discrete": "q_learning, sarsa", "vector Discrete": "dqn, ppo", "vector vector": "td3, ppo"}
-    scripts |= {"vector MultiDiscrete": "ppo", "image Discrete": "dqn_atari, ppo_atari"}
-    kinds = [kind_of(space) for space in (env.observation_space, env.action_space)]
-    for kind, needed in zip(kinds, (obs, action)):
-        problem = f"{Path(__file__).stem} needs {obs} observations and {action} actions; {env.spec.id} has "
-        problem += f"{env.observation_space} and {env.action_space}; try "
-        problem += scripts.get(" ".join(kind.removeprefix("bounded ") for kind in kinds), "another environment")
-        require({kind, kind.removeprefix("bounded ")} & set(needed.split(" or ")), problem)
+    spaces = f"{env.spec.id} has {env.observation_space} and {env.action_space}"
+    kinds = kind_of(env.observation_space), kind_of(env.action_space)
+    fits = all(kind.endswith(tuple(needed.split(" or "))) for kind, needed in zip(kinds, (obs, action)))
+    scripts = {"Discrete, Discrete": "q_learning, sarsa", "vector, Discrete": "dqn, ppo", "vector, vector": "td3, ppo"}
+    scripts |= {"vector, multi-discrete": "ppo", "image, Discrete": "dqn_atari, ppo_atari"}
+    fitting = scripts.get(", ".join(kinds).replace("bounded ", ""), "another environment")
+    require(fits, f"{Path(__file__).stem} needs {obs} observations and {action} actions; {spaces}; try {fitting}")
 
 
 def kind_of(space: gym.Space) -> str:
-    """Discrete, MultiDiscrete (from 0 on), vector, bounded vector (Boxes of one axis), image (of bytes) or other."""
+    """Discrete or multi-discrete (from 0 on), vector or bounded vector (Box of one axis), image (of bytes) or other."""
     if isinstance(space, gym.spaces.Box):
         image = len(space.shape) == 3 and space.dtype in (np.uint8, bool)
         vector = "bounded vector" if space.is_bounded() else "vector"
         return vector if len(space.shape) == 1 else "image" if image else "other"
-    discrete = isinstance(space, (gym.spaces.Discrete, gym.spaces.MultiDiscrete)) and not np.any(space.start)
-    return type(space).__name__ if discrete else "other"
+    names = {gym.spaces.Discrete: "Discrete", gym.spaces.MultiDiscrete: "multi-discrete"}
+    return "other" if np.any(getattr(space, "start", 0)) else names.get(type(space), "other")
 
 
 def evaluate(act, env: gym.Env, episodes: int, max_steps: int = 27_000) -> list[float]:
@@ -327,14 +326,14 @@ class ShortRun:
             self.writer.add_scalar(tag, float(value), self.step)
 
     def finish(self, evaluation) -> dict:
-        """Evaluate (and film it, if asked), write args.json and result.json, print the final line."""
+        """Evaluate (and film it, if asked), write result.json and args.json, print the final line."""
         returns = evaluation(self.folder / "videos" if getattr(self.args, "capture_video", False) else None)
         mean, std, speed = float(np.mean(returns)), float(np.std(returns)), self.step / self.seconds
         self.log({"eval/return": mean, "charts/steps_per_second": speed})
         result = {"script": Path(__file__).stem, "args": asdict(self.args), "return": mean, "std": std}
         result |= {"returns": returns, "steps": self.step, "seconds": self.seconds, "steps_per_second": speed}
-        self.write("args.json", {"script": Path(__file__).stem, **asdict(self.args)})
         self.write("result.json", result)
+        self.write("args.json", {"script": Path(__file__).stem, **asdict(self.args)})
         print(f"final: return {mean:.2f} ± {std:.2f} over {len(returns)} episodes", end=" | ")
         print(f"{self.step} steps | {self.seconds:.1f} s | {speed:.0f} steps/s")
         return result
@@ -415,5 +414,7 @@ def jacks_car_rental(render_mode: str | None = None) -> TableWorld:
 gym.register("JacksCarRental-v0", jacks_car_rental, disable_env_checker=True, max_episode_steps=365)
 
 
+main = main_without_resume  # the other scripts have a main that resumes
+
 if __name__ == "__main__":
-    main_without_resume()
+    main()

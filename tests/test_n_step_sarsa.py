@@ -110,6 +110,29 @@ def test_with_n_beyond_the_episode_it_is_every_visit_monte_carlo(n):
     assert a.q == pytest.approx(q)
 
 
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_fixed_given_policy_is_evaluated(n, tmp_path):
+    """Line 1's other case: with ε = 1 π is uniformly random whatever Q says, and Q approaches q_π of the equations."""
+    table = {
+        s: {a: [(1.0, s + 1 if a else max(s - 1, 0), float(s + a), s == 2 and a == 1)] for a in (0, 1)}
+        for s in range(3)
+    }
+    table[3] = {a: [(1.0, 3, 0.0, True)] for a in (0, 1)}
+    gym.registry.pop("NStepChain-v0", None)
+    gym.register(
+        "NStepChain-v0", lambda render_mode=None: n_step.TableWorld(table, 0, (1, 4)), disable_env_checker=True
+    )
+    settings = dict(epsilon=1.0, gamma=0.8, alpha=0.01, n=n, total_timesteps=40_000, eval_every=0, eval_episodes=1)
+    n_step.train(n_step.Args("NStepChain-v0", **settings, run_dir=str(tmp_path)))
+    q = n_step.torch.load(tmp_path / "checkpoint.pt", weights_only=True)["agent"]["q"].numpy()
+    exact = np.zeros((4, 2))
+    for _ in range(200):
+        v = exact.mean(axis=1)
+        exact = np.array([[r + 0.8 * v[s2] * (not end) for ((_, s2, r, end),) in table[s].values()] for s in range(4)])
+    assert q[:3] == pytest.approx(exact[:3], abs=0.35)
+    assert abs(q[:3] - exact[:3]).mean() < 0.15
+
+
 def test_exploration_draws_from_all_actions_and_greedy_ties_at_random():
     a = agent(actions=4, epsilon=0.4)
     a.q[0] = [0.0, 1.0, 1.0, -1.0]

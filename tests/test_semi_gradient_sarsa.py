@@ -49,6 +49,22 @@ def test_states_share_the_more_tiles_the_nearer_they_are():
     assert (tiles_of(s) == tiles_of(s + width)).sum() == 0
 
 
+def test_a_constant_observation_has_one_tile():
+    tiles_of = semi.TileCoder(np.array([0.0, 3.0]), np.array([8.0, 3.0]), 8, 8)
+    tiles = np.array([tiles_of(np.array([x, 3.0])) for x in np.arange(0.0, 8.0, 0.25)])
+    assert np.isfinite(tiles_of.scale).all() and tiles.min() >= 0 and tiles.max() < tiles_of.size
+    flat = semi.TileCoder(np.array([0.0]), np.array([8.0]), 8, 8)
+    assert len(np.unique(tiles, axis=0)) == len({tuple(flat(np.array([x]))) for x in np.arange(0.0, 8.0, 0.25)})
+
+
+@pytest.mark.parametrize("low, high", [(LOW, HIGH), (np.zeros(2), np.ones(2, np.float32))])
+def test_an_observation_outside_its_box_has_the_tiles_of_the_border(low, high):
+    tiles_of = semi.TileCoder(low, high, 8, 8)
+    for s in ([9.0, 9.0], [-9.0, 9.0], [1e30, -1e30], [-1e30, 0.01]):
+        inside = np.clip(s, low.astype(float), high.astype(float))
+        assert tiles_of(np.array(s)).tolist() == tiles_of(inside).tolist()
+
+
 def test_q_is_the_sum_of_one_weight_per_tiling_for_each_action():
     a = agent()
     a.w[:] = np.arange(40).reshape(2, 20)

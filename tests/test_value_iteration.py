@@ -121,10 +121,44 @@ def test_run_of_the_taxi(tmp_path, capsys):
     assert capsys.readouterr().out.startswith("sweeps: 19, value of state ")
 
 
+@pytest.mark.parametrize("one", [1, True, np.True_, np.int64(1)])
+def test_flags_of_a_table_may_be_integers(one):
+    """What is terminal has no future: 1 - term, whatever the type of term."""
+    table = {0: {0: [(0.25, 1, 4.0, one), (0.75, 0, 0.0, one * 0)]}, 1: {0: [(1.0, 1, 0.0, one)]}}
+    p, r = script.model_of(script.TableWorld(table, 0, (1, 2)))
+    assert p.tolist() == [[[0.75, 0.0]], [[0.0, 0.0]]] and r.tolist() == [[1.0], [0.0]]
+
+
+def test_outcomes_with_the_same_next_state_add_up():
+    table = {0: {0: [(0.25, 0, 4.0, False), (0.5, 0, 2.0, False), (0.25, 0, 8.0, True)]}}
+    p, r = script.model_of(script.TableWorld(table, 0, (1, 1)))
+    assert p.tolist() == [[[0.75]]] and r.tolist() == [[4.0]]
+
+
+class NoTable(gym.Env):
+    observation_space = action_space = gym.spaces.Discrete(2)
+
+
+gym.register("NoTableValue-v0", NoTable, disable_env_checker=True)
+
+
+@pytest.mark.parametrize("gamma", [0.5])
+def test_max_sweeps_is_the_number_of_sweeps_that_are_allowed(gamma, tmp_path, capsys):
+    settings = dict(env_id="CliffWalking-v1", gamma=gamma, eval_episodes=1)
+    needed = script.train(script.Args(**settings, run_dir=str(tmp_path / "all")))["steps"]
+    total = needed
+    enough = dict(max_sweeps=needed, run_dir=str(tmp_path / "enough"))
+    assert script.train(script.Args(**settings | enough))["steps"] == total
+    with pytest.raises(SystemExit) as error:
+        script.train(script.Args(**settings | enough | dict(max_sweeps=needed - 1, run_dir=str(tmp_path / "few"))))
+    assert error.value.code == 2 and "does not converge" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "settings, words",
     [
         ({"env_id": "Blackjack-v1"}, "Discrete observations"),
+        ({"env_id": "NoTableValue-v0"}, "monte_carlo"),
         ({"theta": 0.0}, "--theta"),
         ({"tie": -1.0}, "--tie"),
         ({"max_sweeps": 0}, "--max-sweeps"),
