@@ -24,11 +24,11 @@ Run     python algos/dqn.py --env-id CartPole-v1
     13          gradient step on (y_j - Q(φ_j, a_j; θ))²
     14          every C steps: θ⁻ ← θ
 
-Beyond the pseudo-code: Adam; φ is the environment's vector; lines 11-13 run every `train_every` steps; a time limit
-ends an episode without making φ_t+1 terminal. The picture has max where line 7 needs argmax, and no target network: its
-line 12 uses θ, as `--no-target-network` does. The notes credit θ⁻ to the paper of 2013; it is from 2015. The gradient
-of pics/dqn2.png lacks a minus sign. The slides copy θ⁻ every 4 steps in words and move it softly, with τ = 0.001, in
-code; here it is copied. Images are in dqn_atari.py.
+Beyond the pseudo-code: φ is the environment's vector; the optimiser is Adam; lines 11-13 run every `train_every` steps;
+a time limit ends an episode without making φ_t+1 terminal, so line 12 still bootstraps from it. The picture has max
+where line 7 needs argmax, and no target network: its line 12 uses θ, as `--no-target-network` does. The notes credit θ⁻
+to the paper of 2013; it is from 2015. The gradient of pics/dqn2.png lacks a minus sign. The slides copy θ⁻ every
+4 steps in words and move it softly, with τ = 0.001, in code; here it is copied. Images are in dqn_atari.py.
 
 Result  CartPole-v1: to be measured
 """
@@ -83,9 +83,9 @@ class Args:
     huber_loss: bool = False
     """Huber loss in line 13, whose gradient is that of errors clipped to [-1, 1], as in the paper of 2015"""
     epsilon_start: float = 1.0
-    """probability of a random action at the first step, ε of line 6"""
+    """probability of a uniformly random action at the first step, ε of line 6"""
     epsilon_end: float = 0.05
-    """probability of a random action after epsilon_steps"""
+    """probability of a uniformly random action from step epsilon_steps on"""
     epsilon_steps: int = 250_000
     """environment steps over which ε is annealed linearly"""
     hidden_sizes: list[int] = field(default_factory=lambda: [120, 84])
