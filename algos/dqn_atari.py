@@ -31,11 +31,12 @@ Run     python algos/dqn_atari.py --env-id MinAtar/Breakout-v1 --total-timesteps
 The difference from dqn.py is the images (`diff algos/dqn.py algos/dqn_atari.py`); dqn.py says where notes and paper
 differ.
 
-Beyond the pseudo-code: φ is the last four frames, prepared as in the paper of 2015: 84 × 84 grey levels, the maximum of
-two frames, each action for four frames, up to 30 steps without an action at the start. In training a reward keeps only
-its sign, and a lost life ends the episode although the game goes on. MinAtar's φ is one frame of 10 × 10 with a channel
-for each object. The replay memory keeps each frame once. The slides list kernel 8, stride 4 three times; only 8/4, 4/2
-and 3/1, as in their code, give their 64·7·7 features; MinAtar's images have the layer of Young & Tian (2019).
+Beyond the pseudo-code: φ is the last four frames, prepared as in the paper of 2015: each action is repeated for four
+frames, the last two of them are merged by their maximum, in grey and 84 × 84 pixels; a game begins with 1 to 30 frames
+without an action. In training a reward keeps only its sign, and a lost life ends the episode although the game goes on.
+MinAtar's φ is one frame of 10 × 10 with a channel for each kind of object. The replay memory keeps each frame once. The
+slides list kernel 8, stride 4 three times; only 8/4, 4/2 and 3/1, as in their code, give their 64·7·7 features;
+MinAtar's network is that of Young & Tian (2019).
 
 Result  MinAtar/Breakout-v1: to be measured
 """
@@ -78,7 +79,7 @@ class Args:
     batch_size: int = 32
     """transitions in the minibatch of line 11"""
     buffer_size: int = 1_000_000
-    """frames that the replay memory D holds, N of line 1; an episode takes one frame more than it has steps, or four"""
+    """frames that the replay memory D holds, N of line 1: one for each step, and those of each episode's first φ"""
     learning_starts: int = 80_000
     """environment steps before the first update"""
     train_every: int = 4
@@ -90,9 +91,9 @@ class Args:
     huber_loss: bool = False
     """Huber loss in line 13, whose gradient is that of errors clipped to [-1, 1], as in the paper of 2015"""
     epsilon_start: float = 1.0
-    """probability of a random action at the first step, ε of line 6"""
+    """probability of a uniformly random action at the first step, ε of line 6"""
     epsilon_end: float = 0.01
-    """probability of a random action after epsilon_steps"""
+    """probability of a uniformly random action from step epsilon_steps on"""
     epsilon_steps: int = 1_000_000
     """environment steps over which ε is annealed linearly"""
 
