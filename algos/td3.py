@@ -5,7 +5,7 @@
 """TD3: Twin Delayed Deep Deterministic policy gradient.
 
 Paper   Fujimoto, van Hoof & Meger, 2018. https://proceedings.mlr.press/v80/fujimoto18a/fujimoto18a.pdf
-Notes   "TD3 (2018)"; the numbers below are those of pics/td3_v2.png; lines 12 and 13: equation 10 in pics/td3_1.png
+Notes   "TD3 (2018)"; the numbers below are those of pics/td3_v2.png; line 13 is from pics/td3_1.png, equation 10
 Run     python algos/td3.py --env-id HalfCheetah-v4 --total-timesteps 50000 --learning-starts 10000
 
      1  input: policy θ, Q-functions φ1 and φ2, empty replay buffer D
@@ -29,7 +29,8 @@ Run     python algos/td3.py --env-id HalfCheetah-v4 --total-timesteps 50000 --le
 Beyond the pseudo-code: the first `learning_starts` actions are uniformly random; there is one update per step, so j
 counts the steps of the whole run; the optimiser is Adam; a time limit ends an episode without making s' terminal, so
 line 13 still bootstraps from it. The notes' text clips the noise of line 4; the picture and the paper clip that of
-line 12, and so does this script.
+line 12, and so does this script. Equation 10 takes a' from the current policy, without noise; the paper's final
+algorithm takes it from the target policy, with noise, as line 12 does.
 
 Result  HalfCheetah-v4 after 50k steps: 2858 (2566 to 3367, 3 seeds) by the command above. The default is the paper's
         1M steps. Other environments: benchmark/RESULTS.md
