@@ -19,9 +19,9 @@ Run     python algos/q_learning.py --env-id CliffWalking-v1
      8          S ← S'
      9      until S is terminal
 
-Beyond the pseudo-code: equally good actions are chosen between at random, else a table of zeros would walk in one
-direction only; a time limit ends an episode without making S' terminal, so line 7 still bootstraps from it.
-The slides call the result q_π; it is q*, whatever policy explores.
+Beyond the pseudo-code: ties between the best actions are broken at random, since the first steps in a table of zeros
+would otherwise all take the same action; a time limit ends an episode without making S' terminal, so line 7 still
+bootstraps from it. The slides say that Q approximates q_π; it approximates q*, whatever policy explores.
 
 Result  CliffWalking-v1 with the defaults: -13, the shortest path, in 5 of 5 seeds; FrozenLake-v1 and Taxi-v4 reach
         their optima, too: benchmark/RESULTS.md
