@@ -328,7 +328,7 @@ TASKS = [  # the first task of a script is the one that README shows
         "a mark of our own",
         seeds=1,
         record=True,
-        note="A record: Young & Tian (2019) train for 5,000,000 steps, this run has a tenth of them.",
+        note="a record: Young & Tian (2019) train for 5,000,000 steps, this run has a tenth of them.",
         minutes=30,
     ),
     Task(
@@ -340,7 +340,7 @@ TASKS = [  # the first task of a script is the one that README shows
         "CleanRL: 20.3 in training after 10,000,000 steps",
         seeds=1,
         record=True,
-        note="A record: this run has a tenth of the steps of the published one.",
+        note="a record: this run has a tenth of the steps of the published one.",
         minutes=240,
     ),
     # --- ppo ----------------------------------------------------------------------------------------------------------
@@ -479,7 +479,7 @@ TASKS = [  # the first task of a script is the one that README shows
         "Papoudakis et al. (2021): 0.96 ± 0.07 after 2,000,000 steps; 1 is the best, random play gets 0.005",
         unit="per team",
         record=True,
-        note="A record: this run has a third of the steps of the published one.",
+        note="a record: this run has a third of the steps of the published one.",
         minutes=30,
     ),
 ]
