@@ -381,7 +381,8 @@ def make_image_env(args, film: Path | None = None, training: bool = False) -> gy
         env = Episodes(gym.wrappers.AtariPreprocessing(env.env, grayscale_newaxis=True))
         env = TrainingGame(env) if training else env
     height, width, channels = env.observation_space.shape
-    require(min(height, width) >= 3, f"dqn_atari needs images of at least 3 × 3, {args.env_id} has {height} × {width}")
+    fits = min(height, width) >= 3
+    require(fits, f"{Path(__file__).stem} needs images of at least 3 × 3, {args.env_id} has {height} × {width}")
     space = gym.spaces.Box(0, 255, (channels, height, width), np.uint8)
     scale = np.uint8(255 if env.observation_space.dtype == bool else 1)
     env = gym.wrappers.TransformObservation(env, lambda image: np.moveaxis(image, 2, 0) * scale, space)

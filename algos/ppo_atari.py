@@ -492,7 +492,8 @@ def make_image_env(args, film: Path | None = None, training: bool = False) -> gy
         env = Episodes(gym.wrappers.AtariPreprocessing(env.env, grayscale_newaxis=True))
         env = TrainingGame(env) if training else env
     height, width, channels = env.observation_space.shape
-    require(min(height, width) >= 3, f"dqn_atari needs images of at least 3 × 3, {args.env_id} has {height} × {width}")
+    fits = min(height, width) >= 3
+    require(fits, f"{Path(__file__).stem} needs images of at least 3 × 3, {args.env_id} has {height} × {width}")
     space = gym.spaces.Box(0, 255, (channels, height, width), np.uint8)
     scale = np.uint8(255 if env.observation_space.dtype == bool else 1)
     env = gym.wrappers.TransformObservation(env, lambda image: np.moveaxis(image, 2, 0) * scale, space)
@@ -543,8 +544,11 @@ def make_env(args, film: Path | None = None) -> gym.Env:
         if film:
             env = gym.wrappers.RecordVideo(env, str(film), episode_trigger=lambda episode: episode == 0)
     except Exception as error:  # whatever an environment raises, its user reads one line
-        problem = str(error) or type(error).__name__
-        require(False, f"cannot make {args.env_id} with --env-kwargs {args.env_kwargs}: {problem}")
+        problem = f"cannot make {args.env_id} with --env-kwargs {args.env_kwargs}: {str(error) or type(error).__name__:.300}"
+        if isinstance(error, gym.error.UnregisteredEnv):
+            problem += " Other packages need their module, as in minigrid:MiniGrid-Empty-5x5-v0 or my_module:MyEnv-v0;"
+            problem += " PettingZoo's environments are for the scripts in marl_algos."
+        require(False, problem)
     return Episodes(env)
 
 
@@ -560,7 +564,7 @@ def require_spaces(env: gym.Env, obs: str, action: str):
 
 
 def kind_of(space: gym.Space) -> str:
-    """Discrete or multi-discrete (from 0 on), vector or bounded vector (a Box of one axis), image (of bytes), or other."""
+    """Discrete or multi-discrete (from 0 on), vector or bounded vector (Box of one axis), image (of bytes) or other."""
     if isinstance(space, gym.spaces.Box):
         image = len(space.shape) == 3 and space.dtype in (np.uint8, bool)
         vector = "bounded vector" if space.is_bounded() else "vector"
