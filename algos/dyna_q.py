@@ -251,7 +251,8 @@ def make_env(args, film: Path | None = None) -> gym.Env:
         if film:
             env = gym.wrappers.RecordVideo(env, str(film), episode_trigger=lambda episode: episode == 0)
     except Exception as error:  # whatever an environment raises, its user reads one line
-        problem = f"cannot make {args.env_id} with --env-kwargs {args.env_kwargs}: {str(error) or type(error).__name__:.300}"
+        problem = f"cannot make {args.env_id} with --env-kwargs {args.env_kwargs}: "
+        problem += str(error) or type(error).__name__
         if isinstance(error, gym.error.UnregisteredEnv):
             problem += " Other packages need their module, as in minigrid:MiniGrid-Empty-5x5-v0 or my_module:MyEnv-v0;"
             problem += " PettingZoo's environments are for the scripts in marl_algos."

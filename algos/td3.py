@@ -189,7 +189,8 @@ class TD3:
 def train(args: Args) -> dict:
     """Train, evaluate, and return what <run_dir>/result.json holds."""
     check(args, gamma=(0, 1), rho=(0, 1), learning_rate=(0, math.inf), policy_delay=(1, math.inf))
-    check(args, batch_size=(1, args.buffer_size), learning_starts=(0, args.total_timesteps - 1))
+    check(args, buffer_size=(1, math.inf), batch_size=(1, args.buffer_size))
+    check(args, learning_starts=(0, args.total_timesteps - 1))
     check(args, exploration_noise=(0, math.inf), target_noise=(0, math.inf), noise_clip=(0, math.inf))
     env = make_env(args)
     require_spaces(env, obs="vector", action="bounded vector")
@@ -329,7 +330,8 @@ def make_env(args, film: Path | None = None) -> gym.Env:
         if film:
             env = gym.wrappers.RecordVideo(env, str(film), episode_trigger=lambda episode: episode == 0)
     except Exception as error:  # whatever an environment raises, its user reads one line
-        problem = f"cannot make {args.env_id} with --env-kwargs {args.env_kwargs}: {str(error) or type(error).__name__:.300}"
+        problem = f"cannot make {args.env_id} with --env-kwargs {args.env_kwargs}: "
+        problem += str(error) or type(error).__name__
         if isinstance(error, gym.error.UnregisteredEnv):
             problem += " Other packages need their module, as in minigrid:MiniGrid-Empty-5x5-v0 or my_module:MyEnv-v0;"
             problem += " PettingZoo's environments are for the scripts in marl_algos."

@@ -183,6 +183,20 @@ def test_every_setting_is_explained(script):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
+def test_every_number_among_the_settings_has_a_range(script):
+    """check() refuses what lies outside a range, and NaN and infinity with it."""
+    calls = [node for node in ast.walk(ast.parse(text_of(script))) if isinstance(node, ast.Call)]
+    checked = {word.arg for call in calls if getattr(call.func, "id", "") == "check" for word in call.keywords}
+    common = {"total_timesteps", "eval_episodes", "num_threads", "eval_every", "checkpoint_every", "seed"}
+    numbers = {
+        field.name
+        for field in dataclasses.fields(load(script).Args)
+        if field.default_factory is not dataclasses.MISSING or type(field.default) in (int, float)
+    }
+    assert numbers <= checked | common
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_script_is_listed_in_readme_and_benchmark(script):
     assert f"]({script})" in (ROOT / "README.md").read_text()
     assert any(task.script == script for task in TASKS)
