@@ -264,11 +264,13 @@ TASKS = [  # the first task of a script is the one that README shows
     Task(
         "td3__InvertedPendulum-v5",
         "algos/td3.py",
-        "--env-id InvertedPendulum-v5 --total-timesteps 30000 --learning-starts 1000 --learning-rate "
-        "0.001 --batch-size 100 --eval-every 5000",
+        "--env-id InvertedPendulum-v5 --total-timesteps 30000 --learning-starts 1000 --learning-rate 0.001 "
+        "--batch-size 100 --exploration-noise 0.0333 --target-noise 0.0667 --noise-clip 0.1667 --eval-every 5000",
         950,
         "TD3's authors, their learning curves: 1000 ± 0 after 30,000 steps, 10 seeds",
         seeds=10,
+        evaluations=1,
+        note="As in the authors' code of 2018, the noise is not scaled by the action range, here [-3, 3].",
     ),
     Task(
         "td3__Pendulum-v1",
