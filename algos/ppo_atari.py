@@ -23,13 +23,12 @@ Run     python algos/ppo_atari.py --env-id MinAtar/Breakout-v1 --total-timesteps
 
 The difference from ppo.py is the images and torchrun (`diff algos/ppo.py algos/ppo_atari.py`).
 
-Beyond the pseudo-code: as in ppo.py, one loss for lines 6 and 7, with a bonus for the entropy of the policy; R̂ = Â + V;
-Â is normalised over D_k; gradients are clipped, and the learning rate is annealed to 0. Observations are prepared as by
-Mnih et al. (2015): the last four frames in 84 × 84 grey levels, the maximum of two frames, each action for four frames,
-up to 30 steps without an action at the start. In training a reward keeps only its sign, and a lost life ends the
-episode although the game goes on. MinAtar's observation is one frame of 10 × 10 with a channel for each object. The
-layers are those of the slides' DQN, and θ and φ share none (in the paper they do); MinAtar's are those of Young & Tian
-(2019). Under torchrun each process has its part of the environments and of every minibatch, and gradients are averaged.
+Beyond the pseudo-code: what ppo.py names. s is the last four frames, prepared as by Mnih et al. (2015): each action is
+repeated for four frames, the last two of them are merged by their maximum, in grey and 84 × 84 pixels; a game begins
+with up to 30 frames without an action. In training a reward keeps only its sign, and a lost life ends the episode
+although the game goes on. MinAtar's s is one frame of 10 × 10 with a channel for each kind of object. The layers are
+those of the slides' DQN, for MinAtar those of Young & Tian (2019); θ and φ share none, in the paper's experiments they
+do. Under torchrun each process has a part of the environments and of each minibatch, and the gradients are averaged.
 
 Result  MinAtar/Breakout-v1: to be measured
 """
@@ -118,7 +117,7 @@ class Args:
 class Network(nn.Module):
     """Images of bytes (batch, stack, channels, height, width) -> (batch, outputs).
 
-    Orthogonal weights, scaled by `gain` in the last layer.
+    The weights are orthogonal, scaled by `gain` in the last layer.
     """
 
     def __init__(self, obs_shape: tuple[int, ...], outputs: int, gain: float):
@@ -215,9 +214,9 @@ class PPO:
         loss, parts = self.loss(**minibatch)
         self.optimizer.zero_grad()
         loss.backward()
-        (vector,) = self.optimizer.param_groups[0]["params"]  # of all parameters
-        average_(vector.grad)
-        nn.utils.clip_grad_norm_(vector, self.args.max_grad_norm)
+        (parameters,) = self.optimizer.param_groups[0]["params"]  # all as one vector
+        average_(parameters.grad)
+        nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm)
         self.optimizer.step()  # lines 6, 7
         parts = average_(parts.clone())  # which a CUDA graph reuses
         return dict(zip(("losses/policy", "losses/value", "charts/entropy"), parts))
@@ -241,7 +240,7 @@ def train(args: Args) -> dict:
     check(args, num_envs=(1, 4096), num_steps=(2, math.inf), num_minibatches=(1, args.num_envs * args.num_steps))
     require(args.num_envs % processes == 0, f"--num-envs must be a multiple of the {processes} processes")
     batch_size = args.num_envs * args.num_steps
-    own_size = batch_size // processes  # of this process's rows
+    own_size = batch_size // processes  # steps of a rollout in this process
     require(own_size % args.num_minibatches == 0, f"--num-minibatches must divide a rollout's {own_size} steps")
     args = replace(args, total_timesteps=math.ceil(args.total_timesteps / batch_size) * batch_size)
     envs = make_image_envs(args, args.num_envs // processes)
@@ -544,7 +543,8 @@ def make_env(args, film: Path | None = None) -> gym.Env:
         if film:
             env = gym.wrappers.RecordVideo(env, str(film), episode_trigger=lambda episode: episode == 0)
     except Exception as error:  # whatever an environment raises, its user reads one line
-        problem = f"cannot make {args.env_id} with --env-kwargs {args.env_kwargs}: {str(error) or type(error).__name__:.300}"
+        problem = f"cannot make {args.env_id} with --env-kwargs {args.env_kwargs}: "
+        problem += str(error) or type(error).__name__
         if isinstance(error, gym.error.UnregisteredEnv):
             problem += " Other packages need their module, as in minigrid:MiniGrid-Empty-5x5-v0 or my_module:MyEnv-v0;"
             problem += " PettingZoo's environments are for the scripts in marl_algos."
