@@ -31,12 +31,14 @@ Run     python marl_algos/mappo.py --env-id mpe2.simple_spread_v3
 
 The picture cuts chunks at l + T and steps Adam after the loop over minibatches; l + L and line 20 are meant. Lines 18
 and 19 are the paper's losses.
-Beyond the picture: several epochs over each rollout (line 15); one backward pass of L(θ) + L(φ), of which each concerns
-one network only; gradients clipped to norm 10. Episodes go on across rollouts, so h is 0 only where an episode begins,
-and a chunk ends where its episode does. The inputs have the agent's index, because the agents share θ and φ, and
-LayerNorm; Â is standardised; α is annealed linearly to 0. Illegal actions have p = 0; dead agents and padding weigh
-nothing. A time limit is not a terminal state: V of the last state is bootstrapped. While a team with a common reward
-plays on without a dead agent, that agent's value is the mean of the living agents' values.
+Beyond the picture: the default leaves out the GRUs of lines 7 and 9 (`--recurrent` has them), as the agents of
+simple_spread have nothing to remember and learn more slowly with them. There are several epochs over each rollout (line
+15), and one backward pass of L(θ) + L(φ), of which each concerns one network only; gradients are clipped to norm 10.
+Episodes go on across rollouts, so h is 0 only where an episode begins, and a chunk ends where its episode does. The
+inputs have the agent's index, because the agents share θ and φ, and LayerNorm; Â is standardised; α is annealed
+linearly to 0. Illegal actions have p = 0; dead agents and padding weigh nothing. A time limit is not a terminal state:
+V of the last state is bootstrapped. While a team with a common reward plays on without a dead agent, that agent's value
+is the mean of the living agents' values.
 
 Result  simple_spread: to be measured
 """
@@ -107,8 +109,8 @@ class Args:
     """anneal the learning rate linearly to 0"""
     hidden_dim: int = 64
     """width of all hidden layers, GRUs included"""
-    recurrent: bool = True
-    """whether π and V have a GRU; without it h is empty and a chunk has one step"""
+    recurrent: bool = False
+    """whether π and V have the GRUs of lines 7 and 9; without them h is empty and a chunk has one step"""
     value_obs: bool = False
     """let V see the agent's own observation, too, for environments whose state lacks some of it"""
     share_parameters: bool = True
@@ -840,7 +842,7 @@ def saved_args(folder: str) -> Args:
         saved = json.loads(path.read_text())
         fits = saved.pop("script") == script and saved.keys() == default.keys()
         fits = fits and all(isinstance(saved[name], (type(default[name]), int)) for name in default)
-    except (OSError, ValueError, AttributeError, KeyError):
+    except Exception:  # no such file, no JSON, not what a run writes
         fits = False
     require(fits, f"{path} does not hold the settings of a run of {script}")
     return Args(**saved | {"run_dir": folder, "resume": folder})

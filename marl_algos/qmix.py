@@ -27,12 +27,13 @@ Run     python marl_algos/qmix.py --env-id mpe2.simple_spread_v3
 
 The notes have no pseudo-code: these are the networks of qmix_1.png in the loop of the authors' code (pymarl), which
 adds double Q-learning (line 13) and clips the gradients to norm 10.
-Beyond the pictures and the paper: the agent's index i in line 5 (in the paper of 2020, as the agents share θ); Adam
-instead of RMSprop, with a learning rate that is annealed linearly to 0; λ-returns (line 14, from pymarl2; λ = 0 is the
-paper's target); γ = 0.9; LayerNorm of s before the hypernetworks, because Q_tot may diverge where states are unbounded
-(`--no-normalize-state` leaves it out). Several copies of the environment play at once, and `updates` updates follow for
-each of their episodes. The team's reward is the mean or the sum of the agents' rewards. A dead agent enters the mixer
-as 0. A time limit is not a terminal state: line 14 still bootstraps.
+Beyond the pictures: the agent's index i in line 5, as the agents share θ, and a hidden layer in the hypernetworks of
+|W1| and |W2|, both as in the authors' later code; with one layer simple_spread is learnt more slowly. Beyond the paper:
+Adam instead of RMSprop, with a learning rate that is annealed linearly to 0; λ-returns (line 14, from pymarl2; λ = 0 is
+the paper's target); γ = 0.9; LayerNorm of s before the hypernetworks, because Q_tot may diverge where states are
+unbounded (`--no-normalize-state` leaves it out). Several copies of the environment play at once, and `updates` updates
+follow for each of their episodes. The team's reward is the mean or the sum of the agents' rewards. A dead agent enters
+the mixer as 0. A time limit is not a terminal state: line 14 still bootstraps.
 
 Result  simple_spread: to be measured
 """
@@ -81,7 +82,7 @@ class Args:
     """environment steps of all copies together; in one step all agents act"""
     num_envs: int = 8
     """copies of the environment that play at the same time"""
-    updates: int = 1
+    updates: int = 2
     """updates per episode"""
     gamma: float = 0.9
     """discount factor, γ of line 14"""
@@ -94,7 +95,7 @@ class Args:
     recurrent: bool = True
     """whether the agents' network has the GRU of line 5, or a linear layer without memory in its place"""
     hidden_dim: int = 64
-    """width of the agents' network, GRU included"""
+    """width of the agents' network, GRU included, and of the hypernetworks' hidden layers"""
     mixing_dim: int = 32
     """width of the mixing network's hidden layer, the length of b1 in line 11"""
     normalize_state: bool = True
@@ -153,12 +154,13 @@ class AgentNet(nn.Module):
 class Mixer(nn.Module):
     """Q_tot (...): q (..., n) and s (..., state_dim), mixed so that ∂Q_tot/∂Q_i ≥ 0 whatever s is."""
 
-    def __init__(self, n: int, state_dim: int, mixing_dim: int, normalize_state: bool):
+    def __init__(self, n: int, state_dim: int, hidden_dim: int, mixing_dim: int, normalize_state: bool):
         super().__init__()
         self.n, self.mixing_dim = n, mixing_dim
         self.norm = nn.LayerNorm(state_dim) if normalize_state and state_dim > 1 else nn.Identity()
-        self.w1, self.b1 = nn.Linear(state_dim, n * mixing_dim), nn.Linear(state_dim, mixing_dim)
-        self.w2 = nn.Linear(state_dim, mixing_dim)
+        self.w1 = nn.Sequential(nn.Linear(state_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, n * mixing_dim))
+        self.w2 = nn.Sequential(nn.Linear(state_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, mixing_dim))
+        self.b1 = nn.Linear(state_dim, mixing_dim)
         self.b2 = nn.Sequential(nn.Linear(state_dim, mixing_dim), nn.ReLU(), nn.Linear(mixing_dim, 1))
 
     def forward(self, q, s):
@@ -175,7 +177,7 @@ class QMIX:
     def __init__(self, n: int, obs_dim: int, state_dim: int, num_actions: int, args: Args, device: torch.device):
         self.args, self.n, self.device, self.epsilon = args, n, device, args.epsilon_start
         self.agents = AgentNet(obs_dim + num_actions + n, args.hidden_dim, num_actions, args.recurrent).to(device)
-        self.mixer = Mixer(n, state_dim, args.mixing_dim, args.normalize_state).to(device)  # line 1
+        self.mixer = Mixer(n, state_dim, args.hidden_dim, args.mixing_dim, args.normalize_state).to(device)  # line 1
         self.agents_targ = copy.deepcopy(self.agents).requires_grad_(False)
         self.mixer_targ = copy.deepcopy(self.mixer).requires_grad_(False)
         self.identity = torch.eye(n, device=device)
@@ -729,7 +731,7 @@ def saved_args(folder: str) -> Args:
         saved = json.loads(path.read_text())
         fits = saved.pop("script") == script and saved.keys() == default.keys()
         fits = fits and all(isinstance(saved[name], (type(default[name]), int)) for name in default)
-    except (OSError, ValueError, AttributeError, KeyError):
+    except Exception:  # no such file, no JSON, not what a run writes
         fits = False
     require(fits, f"{path} does not hold the settings of a run of {script}")
     return Args(**saved | {"run_dir": folder, "resume": folder})

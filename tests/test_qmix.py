@@ -159,7 +159,7 @@ def test_line_1_targets_begin_as_copies():
 
 def test_q_tot_grows_with_every_q_and_its_weights_depend_on_the_state():
     torch.manual_seed(2)
-    mixer = qmix.Mixer(N, S, 8, False)
+    mixer = qmix.Mixer(N, S, 16, 8, False)
     q, s = (3 * torch.randn(2_000, N)).requires_grad_(), 3 * torch.randn(2_000, S)
     (slope,) = torch.autograd.grad(mixer(q, s).sum(), q)
     assert (slope >= 0).all() and (slope > 0).float().mean() > 0.9
@@ -170,8 +170,8 @@ def test_q_tot_grows_with_every_q_and_its_weights_depend_on_the_state():
 
 def test_mixer_is_the_pictures_formula():
     torch.manual_seed(3)
-    mixer = qmix.Mixer(2, S, 4, False)
-    q, s = torch.tensor([-3.0, 1.0]), torch.randn(S)
+    mixer = qmix.Mixer(2, S, 16, 4, False)
+    q, s = torch.tensor([-3.0, 4.0]), torch.randn(S)
     hidden = mixer.b1(s).tolist()
     w1, w2 = mixer.w1(s).view(2, 4).abs(), mixer.w2(s).abs()
     for i, j in itertools.product(range(2), range(4)):
@@ -208,17 +208,17 @@ def test_agents_network_by_its_weights(recurrent):
     torch.testing.assert_close(net(x)[0], z @ p["q.weight"].T + p["q.bias"])
 
 
-def test_hypernetworks_are_the_pictures():
-    """One linear layer each for |W1|, b1 and |W2|; two with a ReLU between them for b2."""
+def test_hypernetworks_by_their_weights():
+    """One linear layer for b1; two with a ReLU between them for |W1|, |W2| and b2."""
     torch.manual_seed(6)
-    mixer, s = qmix.Mixer(N, S, 8, False), torch.randn(50, S)
-    for net, width in ((mixer.w1, N * 8), (mixer.b1, 8), (mixer.w2, 8)):
-        assert isinstance(net, torch.nn.Linear) and net.weight.shape == (width, S)
-    first, second = mixer.b2[0], mixer.b2[-1]
-    assert first.weight.shape == (8, S) and second.weight.shape == (1, 8)
-    hidden = (s @ first.weight.T + first.bias).clamp(min=0)
-    assert (hidden == 0).any() and (hidden > 0).any()
-    torch.testing.assert_close(mixer.b2(s), hidden @ second.weight.T + second.bias)
+    mixer, s = qmix.Mixer(N, S, 16, 8, False), torch.randn(50, S)
+    assert isinstance(mixer.b1, torch.nn.Linear) and mixer.b1.weight.shape == (8, S)
+    for net, width, outputs in ((mixer.w1, 16, N * 8), (mixer.w2, 16, 8), (mixer.b2, 8, 1)):
+        first, second = net[0], net[-1]
+        assert first.weight.shape == (width, S) and second.weight.shape == (outputs, width)
+        hidden = (s @ first.weight.T + first.bias).clamp(min=0)
+        assert (hidden == 0).any() and (hidden > 0).any()
+        torch.testing.assert_close(net(s), hidden @ second.weight.T + second.bias)
 
 
 def test_normalised_states_bound_q_tot_far_away():
@@ -226,7 +226,7 @@ def test_normalised_states_bound_q_tot_far_away():
     q, s = torch.randn(20, N), torch.randn(20, S)
     q_tot = agent.mixer(q, 10 * s)
     torch.testing.assert_close(agent.mixer(q, 1_000 * s), q_tot, rtol=1e-3, atol=1e-3)
-    plain = qmix.Mixer(N, S, 7, False)
+    plain = qmix.Mixer(N, S, agent.args.hidden_dim, 7, False)
     weights = {name: value for name, value in agent.mixer.state_dict().items() if "norm" not in name}
     plain.load_state_dict(weights)
     normal = (s - s.mean(-1, keepdim=True)) / (s.var(-1, keepdim=True, correction=0) + 1e-5).sqrt()
@@ -235,14 +235,14 @@ def test_normalised_states_bound_q_tot_far_away():
 
 def test_a_state_of_one_number_is_not_normalised_away():
     torch.manual_seed(0)
-    mixer = qmix.Mixer(N, 1, 8, True)
+    mixer = qmix.Mixer(N, 1, 16, 8, True)
     q_tot = mixer(torch.ones(2, N), torch.tensor([[0.2], [0.9]]))
     assert (q_tot[0] - q_tot[1]).abs() > 1e-3
 
 
 def test_greedy_actions_maximise_q_tot_over_all_joint_actions():
     torch.manual_seed(4)
-    mixer = qmix.Mixer(N, S, 8, True)
+    mixer = qmix.Mixer(N, S, 16, 8, True)
     joints = torch.tensor(list(itertools.product(range(A), repeat=N)))
     for _ in range(100):
         q, s = 2 * torch.randn(N, A), 2 * torch.randn(S)
@@ -471,7 +471,9 @@ def test_the_learning_rate_falls_to_zero(anneal, expected, tmp_path, monkeypatch
 
     monkeypatch.setattr(qmix.QMIX, "update", watch)
     game = dict(env_id="envs.matrix_games", env_kwargs='{"game": "two_step"}', total_timesteps=8, num_envs=1)
-    settings = dict(batch_size=2, anneal=anneal, eval_every=0, eval_episodes=1, device="cpu", run_dir=str(tmp_path))
+    settings = dict(
+        batch_size=2, updates=1, anneal=anneal, eval_every=0, eval_episodes=1, device="cpu", run_dir=str(tmp_path)
+    )
     qmix.train(qmix.Args(**game, **settings))
     assert sizes == pytest.approx(expected), "two steps each; too few episodes before the first update"
 
@@ -530,7 +532,7 @@ def test_a_monotone_mixer_fits_the_nonmonotone_game_of_qmix_4_by_least_squares(t
 
 @pytest.mark.slow
 def test_qtrans_game_ends_at_0_with_minus_8_where_a_is_played(tmp_path):
-    settings = "--total-timesteps 25000 --num-envs 2500 --buffer-size 25000 --batch-size 128"
+    settings = "--total-timesteps 25000 --num-envs 2500 --buffer-size 25000 --batch-size 128 --learning-rate 0.0005"
     value, [(_, _, table)] = learn(tmp_path, {"game": "qtran"}, *settings.split())
     assert value == 0
     assert table == pytest.approx(np.array([[-8, -8, -8], [-8, 0, 0], [-8, 0, 0]]), abs=0.3)
