@@ -319,10 +319,9 @@ def test_command_line_ends_with_one_line_and_code_2(tmp_path):
     command = [sys.executable, str(ROOT / "algos/td3.py"), "--env-id", "HalfCheeta-v4"]
     process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert process.returncode == 2 and process.stdout == ""
-    assert process.stderr.strip() == (
-        "error: cannot make HalfCheeta-v4 with --env-kwargs {}: Environment `HalfCheeta` doesn't exist. "
-        "Did you mean: `HalfCheetah`?"
-    )
+    line = process.stderr
+    assert line.startswith("error: cannot make HalfCheeta-v4 with --env-kwargs {}: ") and line.count("\n") == 1, line
+    assert "Did you mean: `HalfCheetah`?" in line
     assert not list(tmp_path.iterdir()), "nothing is left behind"
 
 
@@ -397,7 +396,7 @@ gym.register("HalfBounded-v0", HalfBounded, disable_env_checker=True)
         (dict(env_id="FrozenLake-v1"), "bounded vector actions; Discrete(16) and Discrete(4); try q_learning, sarsa"),
         (dict(env_id="CarRacing-v3"), "vector observations CarRacing-v3"),
         (dict(env_id="HalfBounded-v0"), "bounded vector actions; HalfBounded-v0 has inf"),
-        (dict(env_id="ALE/Pong-v5"), "cannot make ALE/Pong-v5"),
+        (dict(env_id="NoSuchPackage/Pong-v5"), "cannot make NoSuchPackage/Pong-v5 not found"),
         (dict(env_id="no_such_module:Pendulum-v1"), "cannot make no_such_module:Pendulum-v1 module"),
         (dict(env_id="BoxRecorder-v0", capture_video=True), "cannot make BoxRecorder-v0 render_mode"),
         (dict(rho=1.1), "--rho"),
