@@ -118,8 +118,7 @@ class Gradient:
     def act(self, t: int):
         e = np.exp(self.h - self.h.max(axis=1, keepdims=True))
         self.pi = e / e.sum(axis=1, keepdims=True)
-        cumulated = self.pi.cumsum(axis=1)
-        return (cumulated > self.rng.random((len(e), 1)) * cumulated[:, -1:]).argmax(axis=1)  # line G2
+        return (self.pi.cumsum(axis=1) > self.rng.random((len(e), 1))).argmax(axis=1)  # line G2
 
     def update(self, a, r, t: int):
         self.r_bar += (r - self.r_bar) / t  # line G3
@@ -201,7 +200,7 @@ class ShortRun:
         name = f"{world.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
         self.folder = Path(args.run_dir or f"runs/{name}").absolute()  # an environment may change the working folder
         self.args, self.step, self.seconds = args, 0, 0.0
-        free = not (self.folder / "args.json").exists()
+        free = not os.path.exists(self.folder / "args.json")
         require(free, f"{self.folder} holds a run: choose another --run-dir")
         try:
             self.writer = SummaryWriter(self.folder, purge_step=0)  # hides what a run that was killed here has logged

@@ -192,7 +192,9 @@ def blackjack(**settings) -> Figure:
     for i, (ace, name) in enumerate(((1, "usable ace"), (0, "no usable ace"))):
         ticks = dict(xticks=range(1, 11), xticklabels=["A", *range(2, 11)], yticks=range(12, 22))
         policy = figure.add_subplot(2, 2, 2 * i + 1, **ticks)
-        policy.pcolormesh(dealer, player, q[:, :, ace].argmax(axis=-1), cmap="Blues", edgecolor="white", vmin=0, vmax=2)
+        policy.pcolormesh(
+            dealer, player, q[:, :, ace].argmax(axis=-1), cmap="Blues", edgecolor="lightgrey", vmin=0, vmax=2
+        )
         policy.set(title=f"{name}: hit (blue) or stick (white)", xlabel="dealer shows", ylabel="player's sum")
         value = figure.add_subplot(2, 2, 2 * i + 2, projection="3d", zlim=(-1, 1))
         value.plot_surface(dealer, player, q[:, :, ace].max(axis=-1), cmap="viridis")
@@ -367,6 +369,8 @@ def dyna_maze(runs: int = 30) -> Figure:
         axes.semilogy(np.arange(2, 51), steps[1:], label=f"{n} planning steps" + " (Q-learning)" * (n == 0))
     axes.axhline(14, color="black", linestyle="--", linewidth=1, label="shortest path")
     axes.set(xlabel="episodes", ylabel="steps per episode", xlim=(2, 50), ylim=(10, 1000))
+    axes.set_yticks([10, 20, 50, 100, 200, 500, 1000], labels=[10, 20, 50, 100, 200, 500, 1000])
+    axes.minorticks_off()
     axes.set_title(f"Dyna-Q in the maze: mean of {runs} runs, α = 0.1, γ = 0.95, ε = 0.1")
     axes.legend()
     return figure
@@ -596,9 +600,9 @@ def draw_table(axes, table: np.ndarray, title: str, limit: float):
 def matrix_games() -> Figure:
     """Payoffs of the two-step game and of QTRAN's game (above) and the Q_tot that QMIX learns of them (below)."""
     games = {
-        "two_step": "--total-timesteps 4000 --epsilon-end 1 --gamma 0.99 --td-lambda 0",
-        "qtran": "--total-timesteps 25000 --num-envs 2500 --buffer-size 25000 --batch-size 128 --epsilon-end 1 "
-        "--learning-rate 0.0005",
+        "two_step": "--total-timesteps 4000 --updates 1 --epsilon-end 1 --gamma 0.99 --td-lambda 0",
+        "qtran": "--total-timesteps 12500 --num-envs 2500 --buffer-size 12500 --updates 1 --batch-size 512 "
+        "--epsilon-end 1",
     }
     tables = []
     for name, settings in games.items():
