@@ -31,6 +31,7 @@ Result  MountainCar-v0 by the command above: -112, -111, -115, -110, -120 (seeds
 
 import contextlib
 import copy
+import errno
 import importlib
 import json
 import math
@@ -38,6 +39,7 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -301,7 +303,7 @@ class Run:
         self.folder = Path(args.run_dir or f"runs/{name}").absolute()  # an environment may change the working folder
         self.args, self.parts, self.step, self.seconds, self.saved, self.flushed = args, parts, 0, 0.0, -1, 0
         self.sums, self.next_line, self.status, self.signal = {}, 30.0, "no episode yet", 0
-        free = args.resume or not (self.folder / "args.json").exists()
+        free = args.resume or not os.path.exists(self.folder / "args.json")
         require(free, f"{self.folder} holds a run: --resume it, or choose another --run-dir")
         if args.resume and (self.folder / "checkpoint.pt").exists():
             self.load(self.folder / "checkpoint.pt")
@@ -315,6 +317,7 @@ class Run:
         with contextlib.suppress(ValueError):  # only the main thread receives signals
             signal.signal(signal.SIGINT, self.interrupt)
             signal.signal(signal.SIGTERM, self.interrupt)
+        threading.excepthook = lambda _: None  # where TensorBoard's thread cannot write, `__exit__` says so
         return self
 
     def interrupt(self, number: int, frame):
@@ -426,12 +429,14 @@ class Run:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         self.bar.close()
-        self.writer.close()
+        with contextlib.suppress(OSError):  # of a full disk
+            self.writer.close()
         if isinstance(error, Exception):
             ending = f"at step {self.step}; the last good checkpoint, if any, is in {self.folder}"
             broken = [f"{name} is not finite" for name, part in self.parts.items() if not is_finite(part.state_dict())]
-            problems = broken + [str(error)] * isinstance(error, FloatingPointError)
-            require(not problems, f"{', '.join(problems)} {ending}")
+            known = isinstance(error, FloatingPointError) or "overflow" in str(error)
+            known |= isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+            require(not (broken or known), f"{', '.join(broken + [str(error)] * known)} {ending}")
             print(f"{type(error).__name__} {ending}", file=sys.stderr)
 
 

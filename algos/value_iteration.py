@@ -271,7 +271,7 @@ class ShortRun:
         name = f"{world.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
         self.folder = Path(args.run_dir or f"runs/{name}").absolute()  # an environment may change the working folder
         self.args, self.step, self.seconds = args, 0, 0.0
-        free = not (self.folder / "args.json").exists()
+        free = not os.path.exists(self.folder / "args.json")
         require(free, f"{self.folder} holds a run: choose another --run-dir")
         try:
             self.writer = SummaryWriter(self.folder, purge_step=0)  # hides what a run that was killed here has logged
