@@ -246,6 +246,7 @@ class ShortRun:
 
     def __exit__(self, kind, error, trace):
         self.writer.close()
+        require(not isinstance(error, FloatingPointError), f"{error}, after step {self.step}")
         if isinstance(error, KeyboardInterrupt):
             print(f"\nstopped at step {self.step}; nothing is saved", file=sys.stderr)
             raise SystemExit(130)

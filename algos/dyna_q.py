@@ -496,7 +496,7 @@ MAZE = ".......#G ..#....#. S.#....#. ..#...... .....#... ........."
 
 
 def dyna_maze(render_mode: str | None = None) -> TableWorld:
-    """Example 8.1: from S to G around the walls; +1 at G, else 0; a step into a wall or the border stays."""
+    """Example 8.1: from S to G around the walls; +1 at G, else 0; a step into a wall or the border changes nothing."""
     cells = np.array([list(row) for row in MAZE.split()])
     P = {}
     for row, col in np.ndindex(6, 9):

@@ -509,7 +509,7 @@ def main():
 
 
 def random_walk(render_mode: str | None = None) -> TableWorld:
-    """Example 7.1: 19 states in a row, a step left or right by chance; -1 beyond the left end, +1 beyond the right."""
+    """Example 7.1: 19 states in a row, steps left or right at random; -1 beyond the left end, +1 beyond the right."""
     P = {s: [[(0.5, s - 1, -float(s == 1), s == 1), (0.5, s + 1, float(s == 19), s == 19)]] for s in range(1, 20)}
     return TableWorld(P, start=10, shape=(1, 21), render_mode=render_mode)
 

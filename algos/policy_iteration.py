@@ -58,7 +58,7 @@ from torch.utils.tensorboard import SummaryWriter
 @dataclass
 class Args:
     env_id: str = "JacksCarRental-v0"
-    """a gymnasium environment with a table env.unwrapped.P, or the book's JacksCarRental-v0, GridWorld4x4-v0, 5x5-v0"""
+    """a gymnasium environment with a table env.unwrapped.P, JacksCarRental-v0, GridWorld4x4-v0 or GridWorld5x5-v0"""
     env_kwargs: str = "{}"
     """arguments of the environment, as JSON"""
     gamma: float = 0.9
@@ -170,13 +170,16 @@ def check(args, **ranges: tuple[float, float]):
 
 def model_of(env: gym.Env) -> tuple[np.ndarray, np.ndarray]:
     """The table env.unwrapped.P as p (S, A, S), probabilities of going on in s', and r (S, A), expected rewards."""
-    table, shape = getattr(env.unwrapped, "P", None), (env.observation_space.n, env.action_space.n)
-    require(table is not None, "planning needs a table env.unwrapped.P, which this environment lacks; try monte_carlo")
-    p, r = np.zeros((*shape, shape[0])), np.zeros(shape)
-    for s, a in np.ndindex(shape):
-        for chance, s2, reward, terminated in table[s][a]:
-            r[s, a] += chance * reward
-            p[s, a, s2] += chance * (not terminated)
+    num_states, num_actions = env.observation_space.n, env.action_space.n
+    p, r = np.zeros((num_states, num_actions, num_states)), np.zeros((num_states, num_actions))
+    try:
+        for s, a in np.ndindex(r.shape):
+            for probability, s2, reward, terminated in env.unwrapped.P[s][a]:
+                r[s, a] += probability * reward
+                p[s, a, s2] += probability * (not terminated)
+    except (AttributeError, LookupError, TypeError, ValueError):
+        form = "P[s][a] = [(probability, s', reward, terminated), …]"
+        require(False, f"planning needs a table {form}, which this environment lacks; try monte_carlo")
     require(np.isfinite(r).all(), "the table env.unwrapped.P has rewards that are not finite")
     return p, r
 
@@ -344,6 +347,7 @@ class ShortRun:
 
     def __exit__(self, kind, error, trace):
         self.writer.close()
+        require(not isinstance(error, FloatingPointError), f"{error}, after step {self.step}")
         if isinstance(error, KeyboardInterrupt):
             print(f"\nstopped at step {self.step}; nothing is saved", file=sys.stderr)
             raise SystemExit(130)
@@ -365,7 +369,7 @@ def main_without_resume():
 
 
 def grid(size: int, start: int, move: float, ends=(), jumps=None, render_mode: str | None = None) -> TableWorld:
-    """Moves pay `move` (off the grid -1, changing nothing), those from a cell of `jumps` lead and pay as it says."""
+    """A step pays `move`; off the grid it pays -1 and stays; from a cell of `jumps` it leads and pays what that says."""
     P = {s: [] for s in range(size**2)}
     for s in P:
         for down, right in ((-1, 0), (0, 1), (1, 0), (0, -1)):
@@ -383,11 +387,11 @@ gym.register("GridWorld5x5-v0", grid, disable_env_checker=True, kwargs=EXAMPLE_3
 
 
 def car_lot(requests: float, returns: float) -> tuple[np.ndarray, np.ndarray]:
-    """From a lot's cars in the morning: P (21, 21) of the next morning's, and the expected number (21,) of rentals."""
+    """From 0 to 20 cars in the morning: their probabilities P (21, 21) the next morning, and expected rentals (21,)."""
     P, rentals = np.zeros((21, 21)), np.zeros(21)
     ask, back = ([math.exp(-mean) * mean**k / math.factorial(k) for k in range(21)] for mean in (requests, returns))
     for cars in range(21):
-        for out in range(cars + 1):  # the last of these, and of those below, gets all that is left of its Poisson sum
+        for out in range(cars + 1):  # the last value of each loop gets the rest of its Poisson distribution
             asked = ask[out] if out < cars else 1 - sum(ask[:cars])
             rentals[cars] += asked * out
             for cars2 in range(cars - out, 21):
@@ -395,7 +399,7 @@ def car_lot(requests: float, returns: float) -> tuple[np.ndarray, np.ndarray]:
     return P, rentals
 
 
-MOVES = sorted(range(-5, 6), key=abs)  # from lot 1 to lot 2; equally good ones, as when there are too few: the least
+MOVES = sorted(range(-5, 6), key=abs)  # from lot 1 to lot 2; of equally good moves, the first is taken: the smallest
 
 
 @functools.cache
@@ -411,7 +415,7 @@ def jacks_table() -> dict:
 
 
 def jacks_car_rental(render_mode: str | None = None) -> TableWorld:
-    """Example 4.2: lots of up to 20 cars; up to 5 are moved overnight at 2 each; a rental pays 10; a step is a day."""
+    """Example 4.2: two lots of up to 20 cars, of which 5 at most are moved overnight at 2 each; a rental pays 10."""
     return TableWorld(jacks_table(), start=10 * 21 + 10, shape=(21, 21), render_mode=render_mode)
 
 

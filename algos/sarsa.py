@@ -484,7 +484,7 @@ def main():
 
 
 def windy_grid(render_mode: str | None = None) -> TableWorld:
-    """Example 6.5: 7 rows of 10 cells; the wind of the column that is left blows up so many rows; -1 a step."""
+    """Example 6.5: 7 rows of 10 cells, -1 a step; the wind of the column that is left moves that many rows up."""
     wind, goal, P = [0, 0, 0, 1, 1, 1, 2, 2, 1, 0], (3, 7), {}
     for row, col in np.ndindex(7, 10):
         P[10 * row + col] = moves = []

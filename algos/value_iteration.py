@@ -143,13 +143,16 @@ def check(args, **ranges: tuple[float, float]):
 
 def model_of(env: gym.Env) -> tuple[np.ndarray, np.ndarray]:
     """The table env.unwrapped.P as p (S, A, S), probabilities of going on in s', and r (S, A), expected rewards."""
-    table, shape = getattr(env.unwrapped, "P", None), (env.observation_space.n, env.action_space.n)
-    require(table is not None, "planning needs a table env.unwrapped.P, which this environment lacks; try monte_carlo")
-    p, r = np.zeros((*shape, shape[0])), np.zeros(shape)
-    for s, a in np.ndindex(shape):
-        for chance, s2, reward, terminated in table[s][a]:
-            r[s, a] += chance * reward
-            p[s, a, s2] += chance * (not terminated)
+    num_states, num_actions = env.observation_space.n, env.action_space.n
+    p, r = np.zeros((num_states, num_actions, num_states)), np.zeros((num_states, num_actions))
+    try:
+        for s, a in np.ndindex(r.shape):
+            for probability, s2, reward, terminated in env.unwrapped.P[s][a]:
+                r[s, a] += probability * reward
+                p[s, a, s2] += probability * (not terminated)
+    except (AttributeError, LookupError, TypeError, ValueError):
+        form = "P[s][a] = [(probability, s', reward, terminated), …]"
+        require(False, f"planning needs a table {form}, which this environment lacks; try monte_carlo")
     require(np.isfinite(r).all(), "the table env.unwrapped.P has rewards that are not finite")
     return p, r
 
@@ -317,6 +320,7 @@ class ShortRun:
 
     def __exit__(self, kind, error, trace):
         self.writer.close()
+        require(not isinstance(error, FloatingPointError), f"{error}, after step {self.step}")
         if isinstance(error, KeyboardInterrupt):
             print(f"\nstopped at step {self.step}; nothing is saved", file=sys.stderr)
             raise SystemExit(130)
@@ -338,7 +342,7 @@ def main_without_resume():
 
 
 def gambler(p_h: float = 0.4, render_mode: str | None = None) -> TableWorld:
-    """Example 4.3: action a stakes a + 1, or what can be staked; heads, with chance p_h, wins it; 100 pays 1."""
+    """Example 4.3: action a stakes a + 1 or all that helps; heads, of probability p_h, wins it; reaching 100 pays 1."""
     P = {0: [[(1.0, 0, 0.0, True)]] * 50, 100: [[(1.0, 100, 0.0, True)]] * 50}
     for s in range(1, 100):
         stakes = [min(a + 1, s, 100 - s) for a in range(50)]

@@ -196,11 +196,34 @@ def test_outcomes_with_the_same_next_state_add_up():
     assert p.tolist() == [[[0.75]]] and r.tolist() == [[4.0]]
 
 
-class NoTable(gym.Env):
+class Tables(gym.Env):
+    """Environments without a table, and with other things of that name."""
+
     observation_space = action_space = gym.spaces.Discrete(2)
 
+    def __init__(self, name=""):
+        go = [(1.0, 0, 0.0, False)]
+        tables = {
+            "short": {0: {0: go, 1: go}},
+            "array": np.ones((2, 2, 2)),
+            "number": 3,
+            "far": [[[(1.0, 9, 0, 0)]] * 2] * 2,
+        }
+        tables["nan"] = [[[(1.0, 0, float("nan"), False)]] * 2] * 2
+        if name:
+            self.P = tables[name]
 
-gym.register("NoTablePolicy-v0", NoTable, disable_env_checker=True)
+
+gym.register("TablesPolicy-v0", Tables, disable_env_checker=True)
+
+
+@pytest.mark.parametrize("name", ["", "short", "array", "number", "far", "nan"])
+def test_an_environment_without_a_good_table_is_refused_in_one_line(name, tmp_path, capsys):
+    with pytest.raises(SystemExit) as error:
+        script.train(script.Args("TablesPolicy-v0", f'{{"name": "{name}"}}', run_dir=str(tmp_path / "run")))
+    line = capsys.readouterr().err
+    assert error.value.code == 2 and line.count("\n") == 1 and "table" in line
+    assert ("not finite" in line) == (name == "nan")
 
 
 @pytest.mark.parametrize("gamma", [0.5])
@@ -224,7 +247,6 @@ def test_max_sweeps_is_the_number_of_sweeps_that_are_allowed(gamma, tmp_path, ca
     [
         ({"env_id": "Blackjack-v1"}, "Discrete observations"),
         ({"env_id": "CartPole-v1"}, "Discrete observations"),
-        ({"env_id": "NoTablePolicy-v0"}, "monte_carlo"),
         ({"theta": 0.0}, "--theta"),
         ({"tie": -1.0}, "--tie"),
         ({"max_sweeps": 0}, "--max-sweeps"),

@@ -104,3 +104,12 @@ def test_ctrl_c_ends_in_one_line(script, tmp_path, monkeypatch, capsys):
         train(script, tmp_path / "run")
     assert error.value.code == 130 and "stopped at step 0" in capsys.readouterr().err
     assert not list((tmp_path / "run").glob("*.json"))
+
+
+@SCRIPTS
+def test_numbers_that_are_not_finite_end_in_one_line(script, tmp_path, monkeypatch, capsys):
+    def broken(run, count=1):
+        raise FloatingPointError("the environment gave the reward nan")
+
+    monkeypatch.setattr(load(f"algos/{script}.py").ShortRun, "advance", broken)
+    assert "reward nan" in refused(script, tmp_path / "run", capsys)
