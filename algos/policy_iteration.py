@@ -369,7 +369,7 @@ def main_without_resume():
 
 
 def grid(size: int, start: int, move: float, ends=(), jumps=None, render_mode: str | None = None) -> TableWorld:
-    """A step pays `move`; off the grid it pays -1 and stays; from a cell of `jumps` it leads and pays what that says."""
+    """A step pays `move`, off the grid -1 and it stays; steps from a cell of `jumps` lead to and pay what that says."""
     P = {s: [] for s in range(size**2)}
     for s in P:
         for down, right in ((-1, 0), (0, 1), (1, 0), (0, -1)):
