@@ -60,7 +60,7 @@ class Args:
     """environment steps, rounded up to whole rollouts"""
     num_envs: int = 8
     """environments that step together, N"""
-    num_steps: int = 128
+    num_steps: int = 32
     """steps of each environment in a rollout D_k, T"""
     gamma: float = 0.98
     """discount factor, γ"""
@@ -72,13 +72,13 @@ class Args:
     """learning rate of Adam at the start"""
     anneal: bool = True
     """anneal the learning rate linearly to 0"""
-    num_minibatches: int = 4
+    num_minibatches: int = 1
     """minibatches per epoch"""
-    update_epochs: int = 4
+    update_epochs: int = 20
     """epochs over each rollout D_k, K"""
     value_coef: float = 0.5
     """weight of line 7 in the loss, c1"""
-    entropy_coef: float = 0.01
+    entropy_coef: float = 0.0
     """weight of the entropy bonus in the loss, c2"""
     max_grad_norm: float = 0.5
     """maximum gradient norm"""

@@ -357,7 +357,8 @@ TASKS = [  # the first task of a script is the one that README shows
     Task(
         "ppo__Acrobot-v1",
         "algos/ppo.py",
-        "--env-id Acrobot-v1 --total-timesteps 200000 --gamma 0.99 --lam 0.95 --normalize-obs --eval-every 20000",
+        "--env-id Acrobot-v1 --total-timesteps 200000 --num-steps 128 --num-minibatches 4 --update-epochs 4 --gamma 0.99 "
+        "--lam 0.95 --entropy-coef 0.01 --normalize-obs --eval-every 20000",
         -100,
         "CleanRL: -86.36 ± 1.32 after 500,000 steps",
         seeds=5,
@@ -366,7 +367,7 @@ TASKS = [  # the first task of a script is the one that README shows
         "ppo__LunarLander-v3",
         "algos/ppo.py",
         "--env-id LunarLander-v3 --total-timesteps 1000000 --num-envs 16 --num-steps 1024 --num-minibatches 256 "
-        "--gamma 0.999 --lam 0.98 --learning-rate 0.0003 --eval-every 100000",
+        "--update-epochs 4 --gamma 0.999 --lam 0.98 --entropy-coef 0.01 --learning-rate 0.0003 --eval-every 100000",
         200,
         "gymnasium counts 200 as solved; rl-baselines3-zoo: 242 ± 32 after 1,000,000 steps, LunarLander-v2",
     ),
