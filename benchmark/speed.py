@@ -53,7 +53,8 @@ class Comparison:
 
 HALF_CHEETAH = dict(learning_rate=3e-4, batch_size=256, learning_starts=1_000, policy_kwargs={"net_arch": [256, 256]})
 DQN = dict(learning_rate=2.5e-4, batch_size=128, buffer_size=10_000, learning_starts=1_000)
-PPO = dict(num_steps=128, gamma=0.99, lam=0.95, learning_rate=2.5e-4)
+PPO = dict(num_steps=128, num_minibatches=4, update_epochs=4, entropy_coef=0.01, gamma=0.99, lam=0.95)
+PPO |= dict(learning_rate=2.5e-4)
 HALF_CHEETAH_PPO = dict(
     env_id="HalfCheetah-v4",
     num_steps=256,
@@ -130,7 +131,7 @@ COMPARISONS = {
     "mappo simple_spread_v3, policy with GRU": Comparison(
         "marl_algos/mappo.py",
         10_000,
-        dict(num_envs=10, update_epochs=4, hidden_dim=128, recurrent="policy"),
+        dict(num_envs=10, update_epochs=4, hidden_dim=128, recurrent=True),
         epymarl="mappo",
     ),
 }

@@ -357,8 +357,8 @@ TASKS = [  # the first task of a script is the one that README shows
     Task(
         "ppo__Acrobot-v1",
         "algos/ppo.py",
-        "--env-id Acrobot-v1 --total-timesteps 200000 --num-steps 128 --num-minibatches 4 --update-epochs 4 --gamma 0.99 "
-        "--lam 0.95 --entropy-coef 0.01 --normalize-obs --eval-every 20000",
+        "--env-id Acrobot-v1 --total-timesteps 200000 --num-steps 128 --num-minibatches 4 --update-epochs 4 "
+        "--gamma 0.99 --lam 0.95 --entropy-coef 0.01 --normalize-obs --eval-every 20000",
         -100,
         "CleanRL: -86.36 ± 1.32 after 500,000 steps",
         seeds=5,
