@@ -508,8 +508,8 @@ def test_qmix_compile_compiles_the_update_that_the_loop_calls(tmp_path, monkeypa
 
 def learn(folder, game, *settings):
     """The final return, and (joint actions that lead there, payoffs, Q_tot) of each of the game's tables."""
-    words = ["--epsilon-end", "1", "--gamma", "0.99", "--td-lambda", "0", "--env-kwargs", json.dumps(game)]
-    return figures.learn_matrix_game([*words, *settings], folder / "run")
+    words = "--updates 1 --epsilon-end 1 --gamma 0.99 --td-lambda 0 --env-kwargs".split()
+    return figures.learn_matrix_game([*words, json.dumps(game), *settings], folder / "run")
 
 
 def test_two_step_game_is_solved_with_the_published_tables(tmp_path):
@@ -532,7 +532,7 @@ def test_a_monotone_mixer_fits_the_nonmonotone_game_of_qmix_4_by_least_squares(t
 
 @pytest.mark.slow
 def test_qtrans_game_ends_at_0_with_minus_8_where_a_is_played(tmp_path):
-    settings = "--total-timesteps 25000 --num-envs 2500 --buffer-size 25000 --batch-size 128 --learning-rate 0.0005"
+    settings = "--total-timesteps 12500 --num-envs 2500 --buffer-size 12500 --batch-size 512"
     value, [(_, _, table)] = learn(tmp_path, {"game": "qtran"}, *settings.split())
     assert value == 0
     assert table == pytest.approx(np.array([[-8, -8, -8], [-8, 0, 0], [-8, 0, 0]]), abs=0.3)
