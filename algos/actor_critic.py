@@ -2,7 +2,7 @@
 # requires-python = ">=3.10"
 # dependencies = ["gymnasium", "moviepy", "numpy", "tensorboard", "torch", "tqdm", "tyro"]
 # ///
-"""One-step actor-critic: the policy gradient with a temporal-difference error in the return's place.
+"""One-step actor-critic: the policy gradient with a temporal-difference error instead of the return.
 
 Paper   Barto, Sutton & Anderson, 1983, "Neuronlike adaptive elements that can solve difficult learning control
         problems". https://doi.org/10.1109/TSMC.1983.6313077

@@ -17,7 +17,7 @@ Run     python algos/dyna_q.py --env-id DynaMaze-v0
      4      (b) A ← ε-greedy(S, Q)
      5      (c) execute A; observe R, S'
      6      (d) Q(S, A) ← Q(S, A) + α [R + γ max_a Q(S', a) - Q(S, A)]
-     7      (e) Model(S, A) ← R, S'  (the environment is taken for deterministic)
+     7      (e) Model(S, A) ← R, S'  (assuming a deterministic environment)
      8      (f) repeat n times:
      9          S ← random previously observed state
     10          A ← random action previously taken in S
@@ -26,7 +26,7 @@ Run     python algos/dyna_q.py --env-id DynaMaze-v0
 
 Beyond the pseudo-code: the model also stores whether S' was terminal, because line 12 must not bootstrap from it; ties
 between the best actions are broken at random; a time limit ends an episode without making S' terminal.
-Lines 9 and 10 are drawn as written, first a state, then an action: not the same as a uniform pair.
+Lines 9 and 10 are as written: first a state is drawn, then one of its actions, which is not a uniformly random pair.
 
 Result  DynaMaze-v0, first command: it reaches the goal in 5 of 5 seeds. CliffWalking-v1, second command: -13, the
         shortest path, in 5 of 5 seeds. Figure 8.2: benchmark/figures/dyna_maze.png

@@ -2,7 +2,7 @@
 # requires-python = ">=3.10"
 # dependencies = ["gymnasium", "moviepy", "numpy", "tensorboard", "torch", "tqdm", "tyro"]
 # ///
-"""Episodic semi-gradient Sarsa: Sarsa with a function approximator, here linear in tiles, in the table's place.
+"""Episodic semi-gradient Sarsa: Sarsa with a function approximator, here linear in tiles, instead of a table.
 
 Paper   Sutton & Barto, 2018, sections 10.1 and 9.5.4. http://incompleteideas.net/book/the-book-2nd.html
         Sutton, 1996, "Generalization in reinforcement learning: successful examples using sparse coarse coding".

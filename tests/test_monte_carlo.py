@@ -2,10 +2,12 @@
 
 import functools
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from conftest import load
+from gymnasium.spaces import Discrete, Tuple
 
 script = load("algos/monte_carlo.py")
 
@@ -170,6 +172,44 @@ def test_states_of_blackjack_are_numbered(tmp_path, monkeypatch):
     assert {b for episode in seen for *_, b, _ in episode} == {0.5}
     for episode in seen:
         assert all(r == 0 for *_, r in episode[:-1]) and episode[-1][-1] in (-1, 0, 1)
+
+
+class Pair(gym.Env):
+    """Two steps; the observation is a Tuple that counts them twice."""
+
+    action_space = Discrete(2)
+
+    def __init__(self, first=3, second=4, start=0, nested=False):
+        inner = Tuple([Discrete(second)]) if nested else Discrete(second, start=start)
+        self.observation_space = Tuple([Discrete(first), inner])
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return (0, 0), {}
+
+    def step(self, action):
+        self.t += 1
+        return (self.t, self.t), 1.0, self.t == 2, False, {}
+
+
+gym.register("MonteCarloPair-v0", Pair, disable_env_checker=True)
+
+
+def test_states_of_a_tuple_are_numbered_row_by_row():
+    env = script.NumberedStates(gym.make("MonteCarloPair-v0"))
+    assert env.observation_space == Discrete(12)
+    assert [env.reset()[0], env.step(0)[0], env.step(0)[0]] == [0, 5, 10]
+    single = script.NumberedStates(gym.make("CliffWalking-v1"))
+    assert single.observation_space == Discrete(48) and single.reset()[0] == 36, "left as it is"
+
+
+@pytest.mark.parametrize("kwargs", ['{"start": 1}', '{"nested": true}'])
+def test_other_tuples_are_refused(kwargs, tmp_path, capsys):
+    with pytest.raises(SystemExit) as error:
+        script.train(script.Args("MonteCarloPair-v0", kwargs, run_dir=str(tmp_path / "run")))
+    line = capsys.readouterr().err
+    assert error.value.code == 2 and "needs Discrete observations" in line and "Tuple" in line
 
 
 @pytest.mark.parametrize(
