@@ -29,9 +29,8 @@ Beyond the pseudo-code: π is learned. For a fixed given π, the picture's other
 q_π: --epsilon 1 is the uniformly random policy, and with a single action, as in RandomWalk-v0, it is TD prediction.
 After the last step of an episode the loop of line 5 goes on without acting until line 16; here these last values of τ
 are one `for` loop. Where a time limit, not a terminal state, ends the episode, T stays ∞ and line 13 bootstraps from
-the last state, however few rewards came before it. Ties between the best actions are broken at random.
-The picture lets S, A and R take their index mod n: then S_τ+n overwrites S_τ while line 14 still needs it (the book's
-final edition has n + 1). Here they are lists.
+the last state. Ties between the best actions are broken at random. The picture lets S, A and R take their index mod n:
+then S_τ+n overwrites S_τ while line 14 needs it (the book's final edition has n + 1). Here they are lists.
 
 Result  CliffWalking-v1 by the command above: -17, -19, -17, -19, -17 (seeds 1-5). Of n = 1, 2, 4, … 512, n = 4 predicts
         the random walk of figure 7.2 best: benchmark/figures/random_walk.png
