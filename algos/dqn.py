@@ -30,8 +30,8 @@ where line 7 needs argmax, and no target network: its line 12 uses θ, as `--no-
 to the paper of 2013; it is from 2015. The gradient of pics/dqn2.png lacks a minus sign. The slides copy θ⁻ every
 4 steps in words and move it softly, with τ = 0.001, in code; here it is copied. Images are in dqn_atari.py.
 
-Result  CartPole-v1 by the command above: 500, the maximum, in 4 of 5 seeds and 420 in the fifth (seeds 1-5, means of the
-        last three evaluations)
+Result  CartPole-v1 by the command above: 500, the maximum, in 4 of 5 seeds, 420 in the fifth (means of the last three
+        evaluations)
 """
 
 import contextlib
