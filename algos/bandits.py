@@ -194,7 +194,7 @@ def check(args, **ranges: tuple[float, float]):
 
 
 class ShortRun:
-    """A run of seconds, without checkpoints: its folder (settings, TensorBoard log, result) and its clock."""
+    """A short run without checkpoints: its folder (settings, TensorBoard log, result) and its timer."""
 
     def __init__(self, args, world: str):
         name = f"{world.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
@@ -203,7 +203,7 @@ class ShortRun:
         free = not os.path.exists(self.folder / "args.json")
         require(free, f"{self.folder} holds a run: choose another --run-dir")
         try:
-            self.writer = SummaryWriter(self.folder, purge_step=0)  # hides what a run that was killed here has logged
+            self.writer = SummaryWriter(self.folder, purge_step=0)  # discards the log of a run that was killed here
         except OSError as error:
             require(False, f"cannot write {self.folder}: {error!r:.200}")
         self.began = time.perf_counter()
@@ -212,7 +212,7 @@ class ShortRun:
         return self
 
     def write(self, name: str, content: dict):
-        """Write a JSON file aside, then put it in place: a crash leaves no half of it."""
+        """Write a JSON file under a temporary name, then rename it: a crash leaves no partial file."""
         aside = self.folder / f"{name}.tmp"
         try:
             aside.write_text(json.dumps(content, indent=1))
@@ -223,16 +223,16 @@ class ShortRun:
             require(False, f"cannot write {self.folder / name}: {error!r:.200}")
 
     def advance(self, count: int = 1):
-        """`count` more steps are done."""
+        """Advance the step counter and the timer by `count` steps."""
         self.step, self.seconds = self.step + count, time.perf_counter() - self.began
 
     def log(self, scalars: dict):
-        """Scalars of the present step, for TensorBoard."""
+        """Write scalars of the current step to TensorBoard."""
         for tag, value in scalars.items():
             self.writer.add_scalar(tag, float(value), self.step)
 
     def finish(self, evaluation) -> dict:
-        """Evaluate (and film it, if asked), write result.json and args.json, print the final line."""
+        """Evaluate (and film it, if requested), write result.json and args.json, print the final line."""
         returns = evaluation(self.folder / "videos" if getattr(self.args, "capture_video", False) else None)
         mean, std, speed = float(np.mean(returns)), float(np.std(returns)), self.step / self.seconds
         self.log({"eval/return": mean, "charts/steps_per_second": speed})

@@ -169,7 +169,7 @@ def check(args, **ranges: tuple[float, float]):
 
 
 def model_of(env: gym.Env) -> tuple[np.ndarray, np.ndarray]:
-    """The table env.unwrapped.P as p (S, A, S), probabilities of going on in s', and r (S, A), expected rewards."""
+    """The table env.unwrapped.P as p (S, A, S), probabilities of continuing in s', and r (S, A), expected rewards."""
     num_states, num_actions = env.observation_space.n, env.action_space.n
     p, r = np.zeros((num_states, num_actions, num_states)), np.zeros((num_states, num_actions))
     try:
@@ -185,7 +185,7 @@ def model_of(env: gym.Env) -> tuple[np.ndarray, np.ndarray]:
 
 
 class TableWorld(gym.Env):
-    """A world given as gymnasium's toy-text gives it: P[s][a] = [(probability, s', reward, terminated), ...]."""
+    """An environment defined by a table, as in toy-text: P[s][a] = [(probability, s', reward, terminated), ...]."""
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 4}
 
@@ -206,14 +206,14 @@ class TableWorld(gym.Env):
         return self.s, reward, terminated, False, {}
 
     def render(self):
-        """The cells of `shape`, row by row; the state's is dark."""
+        """The cells of `shape`, row by row; that of the state is dark."""
         cells = np.full(self.shape, 230, np.uint8)
         cells.flat[self.s] = 40
         return np.kron(cells, np.ones((32, 32), np.uint8))[:, :, None].repeat(3, axis=2)
 
 
 class Episodes(gym.Wrapper):
-    """Counts episodes' returns and lengths, copies observations, and refuses numbers that are not finite."""
+    """Records episodes' returns and lengths, copies observations, and raises an error if a number is not finite."""
 
     def reset(self, **kwargs):
         obs, info = self.env.reset(**kwargs)
@@ -222,7 +222,7 @@ class Episodes(gym.Wrapper):
 
     def step(self, action):
         obs, reward, terminated, truncated, info = self.env.step(action)
-        reward = float(np.asarray(reward).item())  # which may have the shape (1,)
+        reward = float(np.asarray(reward).item())  # some environments return an array (1,)
         if not (math.isfinite(reward) and np.isfinite(obs).all()):
             raise FloatingPointError(f"{self.spec.id} gave the observation {obs} and the reward {reward}")
         self.episode = {"r": self.episode["r"] + reward, "l": self.episode["l"] + 1}
@@ -235,23 +235,23 @@ def make_env(args, film: Path | None = None) -> gym.Env:
     """The environment of the settings; with `film`, its first episode is recorded in that folder."""
     if args.capture_video and sys.platform == "linux" and "DISPLAY" not in os.environ:
         os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo draws without a display
-    gym.logger.min_level = gym.logger.ERROR  # no word about newer versions of the environment at each evaluation
+    gym.logger.min_level = gym.logger.ERROR  # no warning about newer versions at each evaluation
     if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # where `my_module:MyEnv-v0` may be
+        sys.path.append(os.getcwd())  # so that `my_module:MyEnv-v0` is found
     try:
         kwargs = json.loads(args.env_kwargs) | ({"render_mode": "rgb_array"} if args.capture_video else {})
         env = gym.make(args.env_id, **kwargs)
-        if args.capture_video:  # what a film lacks is found before training
+        if args.capture_video:  # a missing package or renderer is reported before training
             importlib.import_module("moviepy")
             env.reset(seed=args.seed)
             env.render()
         if film:
             env = gym.wrappers.RecordVideo(env, str(film), episode_trigger=lambda episode: episode == 0)
-    except Exception as error:  # whatever an environment raises, its user reads one line
+    except Exception as error:  # any error of an environment ends in one line
         problem = f"cannot make {args.env_id} with --env-kwargs {args.env_kwargs}: "
         problem += str(error) or type(error).__name__
         if isinstance(error, gym.error.UnregisteredEnv):
-            problem += " Other packages need their module, as in minigrid:MiniGrid-Empty-5x5-v0 or my_module:MyEnv-v0;"
+            problem += " Name the module of other packages, as in minigrid:MiniGrid-Empty-5x5-v0 or my_module:MyEnv-v0;"
             problem += " PettingZoo's environments are for the scripts in marl_algos."
         require(False, problem)
     return Episodes(env)
@@ -284,18 +284,18 @@ def evaluate(act, env: gym.Env, episodes: int, max_steps: int = 27_000) -> list[
     for episode in range(episodes):
         obs, _ = env.reset(seed=10_000 + episode)
         returns.append(0.0)
-        for _ in range(max_steps):  # where no time limit ends an episode, a greedy policy may walk in circles
+        for _ in range(max_steps):  # without a time limit, an episode of a greedy policy may never end
             obs, reward, terminated, truncated, _ = env.step(act(obs, explore=False))
             returns[-1] += reward
             if terminated or truncated:
                 break
-    with contextlib.suppress(Exception):  # an environment that cannot be closed has been evaluated all the same
+    with contextlib.suppress(Exception):  # an error in close() does not change the returns
         env.close()
     return returns
 
 
 class ShortRun:
-    """A run of seconds, without checkpoints: its folder (settings, TensorBoard log, result) and its clock."""
+    """A short run without checkpoints: its folder (settings, TensorBoard log, result) and its timer."""
 
     def __init__(self, args, world: str):
         name = f"{world.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
@@ -304,7 +304,7 @@ class ShortRun:
         free = not os.path.exists(self.folder / "args.json")
         require(free, f"{self.folder} holds a run: choose another --run-dir")
         try:
-            self.writer = SummaryWriter(self.folder, purge_step=0)  # hides what a run that was killed here has logged
+            self.writer = SummaryWriter(self.folder, purge_step=0)  # discards the log of a run that was killed here
         except OSError as error:
             require(False, f"cannot write {self.folder}: {error!r:.200}")
         self.began = time.perf_counter()
@@ -313,7 +313,7 @@ class ShortRun:
         return self
 
     def write(self, name: str, content: dict):
-        """Write a JSON file aside, then put it in place: a crash leaves no half of it."""
+        """Write a JSON file under a temporary name, then rename it: a crash leaves no partial file."""
         aside = self.folder / f"{name}.tmp"
         try:
             aside.write_text(json.dumps(content, indent=1))
@@ -324,16 +324,16 @@ class ShortRun:
             require(False, f"cannot write {self.folder / name}: {error!r:.200}")
 
     def advance(self, count: int = 1):
-        """`count` more steps are done."""
+        """Advance the step counter and the timer by `count` steps."""
         self.step, self.seconds = self.step + count, time.perf_counter() - self.began
 
     def log(self, scalars: dict):
-        """Scalars of the present step, for TensorBoard."""
+        """Write scalars of the current step to TensorBoard."""
         for tag, value in scalars.items():
             self.writer.add_scalar(tag, float(value), self.step)
 
     def finish(self, evaluation) -> dict:
-        """Evaluate (and film it, if asked), write result.json and args.json, print the final line."""
+        """Evaluate (and film it, if requested), write result.json and args.json, print the final line."""
         returns = evaluation(self.folder / "videos" if getattr(self.args, "capture_video", False) else None)
         mean, std, speed = float(np.mean(returns)), float(np.std(returns)), self.step / self.seconds
         self.log({"eval/return": mean, "charts/steps_per_second": speed})
@@ -369,7 +369,7 @@ def main_without_resume():
 
 
 def grid(size: int, start: int, move: float, ends=(), jumps=None, render_mode: str | None = None) -> TableWorld:
-    """A step pays `move`, off the grid -1 and it stays; steps from a cell of `jumps` lead to and pay what that says."""
+    """A step has reward `move`, or -1 where the border stops it; `jumps`: cell -> (s', reward) of all its steps."""
     P = {s: [] for s in range(size**2)}
     for s in P:
         for down, right in ((-1, 0), (0, 1), (1, 0), (0, -1)):
@@ -387,7 +387,7 @@ gym.register("GridWorld5x5-v0", grid, disable_env_checker=True, kwargs=EXAMPLE_3
 
 
 def car_lot(requests: float, returns: float) -> tuple[np.ndarray, np.ndarray]:
-    """From 0 to 20 cars in the morning: their probabilities P (21, 21) the next morning, and expected rentals (21,)."""
+    """For 0 to 20 cars in the morning: probabilities P (21, 21) of the next morning's, and expected rentals (21,)."""
     P, rentals = np.zeros((21, 21)), np.zeros(21)
     ask, back = ([math.exp(-mean) * mean**k / math.factorial(k) for k in range(21)] for mean in (requests, returns))
     for cars in range(21):
@@ -415,7 +415,7 @@ def jacks_table() -> dict:
 
 
 def jacks_car_rental(render_mode: str | None = None) -> TableWorld:
-    """Example 4.2: two lots of up to 20 cars, of which 5 at most are moved overnight at 2 each; a rental pays 10."""
+    """Example 4.2: two lots of up to 20 cars, at most 5 of them moved overnight for 2 each; a rental brings 10."""
     return TableWorld(jacks_table(), start=10 * 21 + 10, shape=(21, 21), render_mode=render_mode)
 
 

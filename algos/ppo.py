@@ -321,7 +321,7 @@ class FlatAdam(torch.optim.Adam):
 
 
 def linear(start: float, end: float, fraction: float) -> float:
-    """From start to end, linearly, while the fraction goes from 0 to 1; then end."""
+    """Linear interpolation from start to end while the fraction goes from 0 to 1; then end."""
     return start + min(fraction, 1.0) * (end - start)
 
 
@@ -350,7 +350,7 @@ class RewardScale(RunningMoments):
 
     def __init__(self, gamma: float):
         super().__init__()
-        self.gamma, self.returns = gamma, 0.0  # of the episodes under way
+        self.gamma, self.returns = gamma, 0.0  # of the current episodes
 
     def forward(self, r, done):
         returns = torch.empty_like(r)
@@ -370,21 +370,21 @@ class Rollout:
         action_type = torch.float32 if isinstance(action_space, gym.spaces.Box) else torch.int64
         self.a = torch.zeros(num_steps, size, math.prod(action_space.shape), dtype=action_type, device=device)
         self.r_ends = np.zeros((3, num_steps, size), dtype=np.float32)
-        self.cut = {}  # by step and environment, the last observation before a time limit
+        self.cut = {}  # (step, environment) -> the last observation before a time limit
 
     def start(self, obs):
-        """Begin anew with the observations s_0 (N, *obs_shape)."""
+        """Start the next rollout from the observations s_0 (N, *obs_shape)."""
         self.obs[0], self.cut = torch.as_tensor(obs), {}
 
     def add(self, t: int, a, obs, r, terminated, truncated, info: dict):
-        """Step t: a (N, action_dim) and what it led to; obs is the next episode's first where one ended."""
+        """Store step t: a (N, action_dim) and its outcome; where an episode ended, obs is the next one's first."""
         self.a[t], self.obs[t + 1] = a, torch.as_tensor(obs)
         self.r_ends[:, t] = r, terminated, terminated | truncated
         for n in np.flatnonzero(truncated):
             self.cut[t, n] = torch.as_tensor(info["final_obs"][n], dtype=self.obs.dtype, device=self.obs.device)
 
     def r_terminated_done(self):
-        """r, terminated and done, terminated or truncated, as tensors (T, N)."""
+        """r, terminated and done (terminated or truncated), as tensors (T, N)."""
         return torch.from_numpy(self.r_ends).to(self.obs.device).unbind()
 
 
@@ -401,12 +401,12 @@ def to_env(a, space: gym.Space) -> np.ndarray:
 
 
 def make_envs(make, num_envs: int) -> gym.vector.VectorEnv:
-    """Environments of `make` that step together, each reset in the very step that ends its episode."""
+    """Parallel environments made by `make`, each reset within the step that ends its episode."""
     return gym.vector.SyncVectorEnv([make] * num_envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
 
 
 class Episodes(gym.Wrapper):
-    """Counts episodes' returns and lengths, copies observations, and refuses numbers that are not finite."""
+    """Records episodes' returns and lengths, copies observations, and raises an error if a number is not finite."""
 
     def reset(self, **kwargs):
         obs, info = self.env.reset(**kwargs)
@@ -415,7 +415,7 @@ class Episodes(gym.Wrapper):
 
     def step(self, action):
         obs, reward, terminated, truncated, info = self.env.step(action)
-        reward = float(np.asarray(reward).item())  # which may have the shape (1,)
+        reward = float(np.asarray(reward).item())  # some environments return an array (1,)
         if not (math.isfinite(reward) and np.isfinite(obs).all()):
             raise FloatingPointError(f"{self.spec.id} gave the observation {obs} and the reward {reward}")
         self.episode = {"r": self.episode["r"] + reward, "l": self.episode["l"] + 1}
@@ -428,23 +428,23 @@ def make_env(args, film: Path | None = None) -> gym.Env:
     """The environment of the settings; with `film`, its first episode is recorded in that folder."""
     if args.capture_video and sys.platform == "linux" and "DISPLAY" not in os.environ:
         os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo draws without a display
-    gym.logger.min_level = gym.logger.ERROR  # no word about newer versions of the environment at each evaluation
+    gym.logger.min_level = gym.logger.ERROR  # no warning about newer versions at each evaluation
     if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # where `my_module:MyEnv-v0` may be
+        sys.path.append(os.getcwd())  # so that `my_module:MyEnv-v0` is found
     try:
         kwargs = json.loads(args.env_kwargs) | ({"render_mode": "rgb_array"} if args.capture_video else {})
         env = gym.make(args.env_id, **kwargs)
-        if args.capture_video:  # what a film lacks is found before training
+        if args.capture_video:  # a missing package or renderer is reported before training
             importlib.import_module("moviepy")
             env.reset(seed=args.seed)
             env.render()
         if film:
             env = gym.wrappers.RecordVideo(env, str(film), episode_trigger=lambda episode: episode == 0)
-    except Exception as error:  # whatever an environment raises, its user reads one line
+    except Exception as error:  # any error of an environment ends in one line
         problem = f"cannot make {args.env_id} with --env-kwargs {args.env_kwargs}: "
         problem += str(error) or type(error).__name__
         if isinstance(error, gym.error.UnregisteredEnv):
-            problem += " Other packages need their module, as in minigrid:MiniGrid-Empty-5x5-v0 or my_module:MyEnv-v0;"
+            problem += " Name the module of other packages, as in minigrid:MiniGrid-Empty-5x5-v0 or my_module:MyEnv-v0;"
             problem += " PettingZoo's environments are for the scripts in marl_algos."
         require(False, problem)
     return Episodes(env)
@@ -477,27 +477,27 @@ def evaluate(act, env: gym.Env, episodes: int, max_steps: int = 27_000) -> list[
     for episode in range(episodes):
         obs, _ = env.reset(seed=10_000 + episode)
         returns.append(0.0)
-        for _ in range(max_steps):  # where no time limit ends an episode, a greedy policy may walk in circles
+        for _ in range(max_steps):  # without a time limit, an episode of a greedy policy may never end
             obs, reward, terminated, truncated, _ = env.step(act(obs, explore=False))
             returns[-1] += reward
             if terminated or truncated:
                 break
-    with contextlib.suppress(Exception):  # an environment that cannot be closed has been evaluated all the same
+    with contextlib.suppress(Exception):  # an error in close() does not change the returns
         env.close()
     return returns
 
 
 def parts_of(agent) -> dict:
-    """What a checkpoint must hold of the agent: its networks, their targets, its optimisers."""
+    """The parts of the agent that a checkpoint must hold: networks, target networks and optimisers, by name."""
     return {name: part for name, part in vars(agent).items() if hasattr(part, "state_dict")}
 
 
 class Run:
-    """A run's folder (settings, TensorBoard log, checkpoint, result), its clock and its progress bar.
+    """A run's folder (settings, TensorBoard log, checkpoint, result), its timer and its progress bar.
 
     `with Run(args, **parts)` opens the folder or, to resume, loads its checkpoint into the parts, each with a
-    state_dict. Ctrl-C and SIGTERM end the run at the end of a step, with a checkpoint. A full disk and numbers that are
-    not finite end it with one line; the last checkpoint then stays as it is.
+    state_dict. Ctrl-C and SIGTERM end the run after the current step, with a checkpoint. A full disk and numbers that
+    are not finite end it with one line; the last checkpoint is then kept.
     """
 
     def __init__(self, args, **parts):
@@ -519,11 +519,11 @@ class Run:
         with contextlib.suppress(ValueError):  # only the main thread receives signals
             signal.signal(signal.SIGINT, self.interrupt)
             signal.signal(signal.SIGTERM, self.interrupt)
-        threading.excepthook = lambda _: None  # where TensorBoard's thread cannot write, `__exit__` says so
+        threading.excepthook = lambda _: None  # `__exit__` reports if TensorBoard's thread cannot write
         return self
 
     def interrupt(self, number: int, frame):
-        """The run ends with this step, or after this evaluation; the same signal again ends it at once."""
+        """End the run after the current step or evaluation; a second signal of the same kind ends it at once."""
         self.signal = number
         signal.signal(number, signal.SIG_DFL)
 
@@ -535,12 +535,12 @@ class Run:
             torch.cuda.set_rng_state_all(gpus[: torch.cuda.device_count()])
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
-        except Exception as error:  # cut off, empty, of other settings
+        except Exception as error:  # truncated, empty, or from other settings
             require(False, f"{path} is not a checkpoint of this run: {error!r:.200}")
         self.saved = self.flushed = self.step
 
     def write(self, name: str, save):
-        """Let save(path) write a file aside, then put it in place: a crash leaves the old file or the new one."""
+        """Write a file with save(path) under a temporary name, then rename it: a crash leaves a whole file."""
         aside = self.folder / f"{name}.tmp"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -552,33 +552,33 @@ class Run:
             require(False, f"cannot write {self.folder / name}; what was saved before stays: {error!r:.200}")
 
     def advance(self, count: int = 1):
-        """`count` more environment steps are done."""
+        """Advance the step counter, the timer and the progress bar by `count` environment steps."""
         self.step, self.stride, self.seconds = self.step + count, count, time.perf_counter() - self.began
         self.bar.update(count)
         if self.due(max(self.args.total_timesteps // 500, 1)):
             self.flush()
-        if self.bar.disable and self.seconds > self.next_line:  # no terminal: a line now and then
+        if self.bar.disable and self.seconds > self.next_line:  # without a terminal, a line every 30 seconds
             self.next_line, speed = self.seconds + 30, self.step / self.seconds
             print(f"{self.step}/{self.args.total_timesteps} steps | {self.status} | {speed:.0f} steps/s", flush=True)
 
     def due(self, every: int) -> bool:
-        """Did the latest steps complete a multiple of `every`? Not at the end: `finish` evaluates and saves anyway."""
+        """Whether the latest steps reached a multiple of `every`; not at the end, where `finish` does both anyway."""
         return every > 0 and self.step % every < self.stride and self.step < self.args.total_timesteps
 
     def log(self, scalars: dict):
-        """Collect scalars; five hundred times a run their means since the last time go to TensorBoard."""
+        """Collect scalars; 500 times per run, their means since the last time are written to TensorBoard."""
         for tag, value in scalars.items():
             total, count = self.sums.get(tag, (0.0, 0))
             self.sums[tag] = (total + value, count + 1)
 
     def log_episode(self, episode: dict):
-        """Collect the return r and the length l of an episode of training."""
+        """Collect the return r and the length l of a training episode."""
         self.log({"charts/episodic_return": float(episode["r"]), "charts/episodic_length": int(episode["l"])})
         self.status = f"return {float(episode['r']):.2f}"
         self.bar.set_description_str(self.status, refresh=False)
 
     def flush(self):
-        """Write what `log` collected, at most once a step. A loss that is not finite ends the run."""
+        """Write what `log` collected, at most once per step. A loss that is not finite ends the run."""
         if self.step > self.flushed:
             self.log({"charts/steps_per_second": self.step / self.seconds})
             for tag, (total, count) in self.sums.items():
@@ -601,7 +601,7 @@ class Run:
         self.saved = self.step
 
     def evaluate_and_save(self, evaluation):
-        """Each when it is due; `evaluation` returns the returns of its episodes. Ends the run after a signal."""
+        """Evaluate and save where each is due; `evaluation` gives its episodes' returns. End the run after a signal."""
         if self.due(self.args.eval_every):
             self.writer.add_scalar("eval/return", np.mean(evaluation()), self.step)
         if self.due(self.args.checkpoint_every) or self.signal:
@@ -611,7 +611,7 @@ class Run:
             raise SystemExit(128 + self.signal)
 
     def finish(self, evaluation) -> dict:
-        """Save, evaluate once more (and film it, if asked), write result.json, print the final line."""
+        """Save, evaluate once more (and film it, if requested), write result.json, print the final line."""
         if self.step > self.saved:
             self.save()
         self.bar.close()
@@ -626,12 +626,12 @@ class Run:
         return result
 
     def __exit__(self, kind, error, trace):
-        """Say in one line why the loop ended early; below it, an error of the environment keeps its traceback."""
+        """Print one line on why the loop ended early; the traceback of an error of the environment follows it."""
         with contextlib.suppress(ValueError):
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         self.bar.close()
-        with contextlib.suppress(OSError):  # of a full disk
+        with contextlib.suppress(OSError):  # the disk may be full
             self.writer.close()
         if isinstance(error, Exception):
             ending = f"at step {self.step}; the last good checkpoint, if any, is in {self.folder}"
@@ -643,7 +643,7 @@ class Run:
 
 
 def is_finite(state) -> bool:
-    """Are all numbers of a state_dict finite?"""
+    """Whether all numbers of a state_dict are finite."""
     if isinstance(state, torch.Tensor):
         return bool(state.isfinite().all())
     inner = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
@@ -657,14 +657,14 @@ def saved_args(folder: str) -> Args:
         saved = json.loads(path.read_text())
         fits = saved.pop("script") == script and saved.keys() == default.keys()
         fits = fits and all(isinstance(saved[name], (type(default[name]), int)) for name in default)
-    except Exception:  # no such file, no JSON, not what a run writes
+    except Exception:  # no such file, not JSON, or not written by a run
         fits = False
     require(fits, f"{path} does not hold the settings of a run of {script}")
     return Args(**saved | {"run_dir": folder, "resume": folder})
 
 
 def main():
-    """Train with the settings of the command line; beside --resume, with those of the run in that folder."""
+    """Train with the settings of the command line; with --resume, with those of the run in that folder."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal without UTF-8
     description = __doc__.replace("\n", "\n ")  # tyro keeps the line breaks before indented lines

@@ -340,18 +340,18 @@ def make_parallel(args):
         kwargs = json.loads(args.env_kwargs) | ({"render_mode": "rgb_array"} if args.capture_video else {})
         env = importlib.import_module(args.env_id).parallel_env(**kwargs)
         guards = (OrderEnforcingWrapper, AssertOutOfBoundsWrapper, ClipOutOfBoundsWrapper)
-        while isinstance(getattr(env, "aec_env", None), guards):  # Team keeps what they check, and they take time
+        while isinstance(getattr(env, "aec_env", None), guards):  # Team guarantees what they check, and they are slow
             env.aec_env = env.aec_env.env
-        if args.capture_video:  # whether it can be filmed is known before training
+        if args.capture_video:  # what cannot be filmed is reported before training
             importlib.import_module("moviepy")
             env.reset(seed=args.seed)
             if np.ndim(env.render()) != 3:
                 raise ValueError("its render() gives no image")
         return env
-    except (Exception, SystemExit) as error:  # whatever an environment raises, its user reads one line
+    except (Exception, SystemExit) as error:  # any error of an environment ends in one line
         family = getattr(sys.modules.get(args.env_id.rpartition(".")[0]), "__path__", [])
         near = difflib.get_close_matches(args.env_id.rpartition(".")[2], [m.name for m in pkgutil.iter_modules(family)])
-        hint = f"near names: {', '.join(near)}" if near else "is it spelt well, is it installed (pip install)?"
+        hint = f"near names: {', '.join(near)}" if near else "check its spelling, or install its package with pip"
         if args.env_id.split(":")[-1] in gym.registry:
             hint = "it is an environment for one agent; try dqn, ppo, td3"
         problem = (str(error) or type(error).__name__) + f"; {hint}" * isinstance(error, ModuleNotFoundError)
@@ -365,10 +365,10 @@ class Team:
         obs (E, n, obs_dim)  flat, padded with zeros
         state (E, state_dim)  env.state(), or all observations if the environment has no state
         mask (E, n, num_actions)  legal actions, by the observations or infos; padding is never legal
-        alive (E, n)  agents that act next; the actions of the others are ignored
+        alive (E, n)  agents that act in the next step; the actions of the others are ignored
         reward (E, n)  of the agents that acted: their own, or for all agents the mean or the sum
         terminated, truncated (E, n)  agents whose episode this step ended, by a terminal state or a time limit
-        done (E,)  copies in which no agent acts next
+        done (E,)  copies in which no agent acts in the next step
         returns, lengths (E,)  of the episode so far: the sum of the mean rewards, the number of steps
     A copy that is done keeps its last observations and state, with reward 0, until reset(done). Continuous actions
     (E, n, num_actions) are clipped to [low, high]. Agents whose names do not start with `--team` act at random.
@@ -397,7 +397,7 @@ class Team:
         self.obs_spaces = [s["observation"] if "action_mask" in getattr(s, "spaces", {}) else s for s in spaces]
         require(all(s.is_np_flattenable for s in self.obs_spaces), f"{args.env_id} has observations {self.obs_spaces}")
         self.obs_dim = max(map(flatdim, self.obs_spaces))
-        self.rows, self.others_legal = [{}] * num_envs, [{}] * num_envs  # by copy: its part; the others' masks
+        self.rows, self.others_legal = [{}] * num_envs, [{}] * num_envs  # per copy: its part; the others' masks
         self.returns, self.lengths, self.state_dim = np.zeros(num_envs), np.zeros(num_envs, int), None
         self.seed(0)
         try:
@@ -412,13 +412,13 @@ class Team:
         return f"{self.n} agents ({names}) | {sizes} | reward: {self.args.reward_mode}"
 
     def seed(self, seed: int):
-        """Seed the copies, from their next reset on, and the agents outside the team."""
+        """Seed the copies, effective from their next reset, and the agents outside the team."""
         *self.seeds, other = np.random.SeedSequence(seed).generate_state(self.num_envs + 1).tolist()
         for i, space in enumerate(self.others.values()):
             space.seed(other + i)
 
     def reset(self, where: np.ndarray | None = None, attempts: int = 100):
-        """Begin an episode in the copies where `where` (E,) is True, in all of them if it is None."""
+        """Start an episode in the copies where `where` (E,) is True, in all of them if it is None."""
         where = np.ones(self.num_envs, bool) if where is None else where
         self.returns, self.lengths = np.where(where, 0.0, self.returns), np.where(where, 0, self.lengths)
         for e in np.flatnonzero(where):
@@ -434,7 +434,7 @@ class Team:
         actions = actions + self.first_action if self.discrete else np.clip(actions, self.low, self.high)
         self.lengths = self.lengths + ~self.done
         for e, env in enumerate(self.envs):
-            if self.done[e]:  # some environments crash when they are stepped after their end
+            if self.done[e]:  # some environments crash when stepped after the end
                 self.rows[e]["reward"] = [0.0] * self.n
                 continue
             chosen = actions[e].tolist() if self.discrete else [a[:size] for a, size in zip(actions[e], self.sizes)]
@@ -448,7 +448,7 @@ class Team:
         self.returns = self.returns + self.reward.mean(1)
 
     def row(self, e, acted, listed_before, seen: dict, rewards: dict, terminated: dict, truncated: dict, infos: dict):
-        """Copy e's part of the arrays, as the environment tells it."""
+        """Copy e's part of the arrays, from what the environment returned."""
         obs, mask = np.zeros((self.n, self.obs_dim), np.float32), np.zeros((self.n, self.num_actions), bool)
         inside = {agent: x for agent, x in seen.items() if isinstance(x, dict) and "action_mask" in x}
         legal = {agent: told["action_mask"] for agent, told in infos.items() if "action_mask" in told}
@@ -467,11 +467,11 @@ class Team:
         return row | {"listed": [agent in listed for agent in self.agents]}
 
     def state_of(self, e: int, obs: np.ndarray) -> np.ndarray:
-        """Copy e's env.state(), flat. Whether it has one is decided once; where it fails later, the last one stays."""
+        """Copy e's env.state(), flat. Whether it exists is decided once; if it fails later, the last state is used."""
         try:
             state = np.array(self.envs[e].state())
             state = (state / (255 if state.dtype == np.uint8 else 1)).astype(np.float32).ravel()
-        except Exception:  # not implemented, no array, or not there at the end of an episode
+        except Exception:  # not implemented, not an array, or absent after an episode
             state = None
         if self.state_dim is None:
             self.has_state, self.state_dim = state is not None, obs.size if state is None else state.size
@@ -481,7 +481,7 @@ class Team:
         return state if good else self.rows[e].get("state", np.zeros(self.state_dim, np.float32))
 
     def stack(self):
-        """The copies' rows as arrays."""
+        """Set the attributes to the copies' rows, as arrays."""
         for name in self.rows[0]:
             kind = np.float32 if name in ("obs", "state", "reward") else bool
             setattr(self, name, np.array([row[name] for row in self.rows], kind))
@@ -502,14 +502,14 @@ class Team:
 
 
 class EpisodeReplay:
-    """The last `capacity` episodes: for each field a tensor (capacity, T or T + 1, ...), T of the longest so far."""
+    """The last `capacity` episodes: per field a tensor (capacity, T or T + 1, ...), T of the longest so far."""
 
     def __init__(self, capacity: int, device: torch.device):
         self.capacity, self.device, self.added, self.fields = capacity, device, 0, {}
         self.lengths = torch.zeros(capacity, dtype=torch.long)
 
     def add(self, lengths: np.ndarray, episodes: dict[str, np.ndarray]):
-        """Episodes of these lengths (E,): fields (E, T, ...), or (E, T + 1, ...) with what follows the last step."""
+        """Store episodes of these lengths (E,): fields (E, T, ...), or (E, T + 1, ...) if a last step has a next."""
         index = (self.added + torch.arange(len(lengths))) % self.capacity
         self.added, self.lengths[index] = self.added + len(lengths), torch.from_numpy(lengths)
         for name, field in episodes.items():
@@ -561,22 +561,22 @@ def evaluate_team(act, team: Team, episodes: int, film: Path | None = None) -> l
         save_video = importlib.import_module("gymnasium.utils.save_video").save_video  # it needs moviepy
         save_video(frames, str(film), fps=team.envs[0].metadata.get("render_fps", 10))
     for env in team.envs:
-        with contextlib.suppress(Exception):  # an environment that cannot close has still been evaluated
+        with contextlib.suppress(Exception):  # an error in close() does not change the returns
             env.close()
     return returns[:episodes]
 
 
 def parts_of(agent) -> dict:
-    """What a checkpoint must hold of the agent: its networks, their targets, its optimisers."""
+    """The parts of the agent that a checkpoint must hold: networks, target networks and optimisers, by name."""
     return {name: part for name, part in vars(agent).items() if hasattr(part, "state_dict")}
 
 
 class Run:
-    """A run's folder (settings, TensorBoard log, checkpoint, result), its clock and its progress bar.
+    """A run's folder (settings, TensorBoard log, checkpoint, result), its timer and its progress bar.
 
     `with Run(args, **parts)` opens the folder or, to resume, loads its checkpoint into the parts, each with a
-    state_dict. Ctrl-C and SIGTERM end the run at the end of a step, with a checkpoint. A full disk and numbers that are
-    not finite end it with one line; the last checkpoint then stays as it is.
+    state_dict. Ctrl-C and SIGTERM end the run after the current step, with a checkpoint. A full disk and numbers that
+    are not finite end it with one line; the last checkpoint is then kept.
     """
 
     def __init__(self, args, **parts):
@@ -598,11 +598,11 @@ class Run:
         with contextlib.suppress(ValueError):  # only the main thread receives signals
             signal.signal(signal.SIGINT, self.interrupt)
             signal.signal(signal.SIGTERM, self.interrupt)
-        threading.excepthook = lambda _: None  # where TensorBoard's thread cannot write, `__exit__` says so
+        threading.excepthook = lambda _: None  # `__exit__` reports if TensorBoard's thread cannot write
         return self
 
     def interrupt(self, number: int, frame):
-        """The run ends with this step, or after this evaluation; the same signal again ends it at once."""
+        """End the run after the current step or evaluation; a second signal of the same kind ends it at once."""
         self.signal = number
         signal.signal(number, signal.SIG_DFL)
 
@@ -614,12 +614,12 @@ class Run:
             torch.cuda.set_rng_state_all(gpus[: torch.cuda.device_count()])
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
-        except Exception as error:  # cut off, empty, of other settings
+        except Exception as error:  # truncated, empty, or from other settings
             require(False, f"{path} is not a checkpoint of this run: {error!r:.200}")
         self.saved = self.flushed = self.step
 
     def write(self, name: str, save):
-        """Let save(path) write a file aside, then put it in place: a crash leaves the old file or the new one."""
+        """Write a file with save(path) under a temporary name, then rename it: a crash leaves a whole file."""
         aside = self.folder / f"{name}.tmp"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -631,33 +631,33 @@ class Run:
             require(False, f"cannot write {self.folder / name}; what was saved before stays: {error!r:.200}")
 
     def advance(self, count: int = 1):
-        """`count` more environment steps are done."""
+        """Advance the step counter, the timer and the progress bar by `count` environment steps."""
         self.step, self.stride, self.seconds = self.step + count, count, time.perf_counter() - self.began
         self.bar.update(count)
         if self.due(max(self.args.total_timesteps // 500, 1)):
             self.flush()
-        if self.bar.disable and self.seconds > self.next_line:  # no terminal: a line now and then
+        if self.bar.disable and self.seconds > self.next_line:  # without a terminal, a line every 30 seconds
             self.next_line, speed = self.seconds + 30, self.step / self.seconds
             print(f"{self.step}/{self.args.total_timesteps} steps | {self.status} | {speed:.0f} steps/s", flush=True)
 
     def due(self, every: int) -> bool:
-        """Did the latest steps complete a multiple of `every`? Not at the end: `finish` evaluates and saves anyway."""
+        """Whether the latest steps reached a multiple of `every`; not at the end, where `finish` does both anyway."""
         return every > 0 and self.step % every < self.stride and self.step < self.args.total_timesteps
 
     def log(self, scalars: dict):
-        """Collect scalars; five hundred times a run their means since the last time go to TensorBoard."""
+        """Collect scalars; 500 times per run, their means since the last time are written to TensorBoard."""
         for tag, value in scalars.items():
             total, count = self.sums.get(tag, (0.0, 0))
             self.sums[tag] = (total + value, count + 1)
 
     def log_episode(self, episode: dict):
-        """Collect the return r and the length l of an episode of training."""
+        """Collect the return r and the length l of a training episode."""
         self.log({"charts/episodic_return": float(episode["r"]), "charts/episodic_length": int(episode["l"])})
         self.status = f"return {float(episode['r']):.2f}"
         self.bar.set_description_str(self.status, refresh=False)
 
     def flush(self):
-        """Write what `log` collected, at most once a step. A loss that is not finite ends the run."""
+        """Write what `log` collected, at most once per step. A loss that is not finite ends the run."""
         if self.step > self.flushed:
             self.log({"charts/steps_per_second": self.step / self.seconds})
             for tag, (total, count) in self.sums.items():
@@ -680,7 +680,7 @@ class Run:
         self.saved = self.step
 
     def evaluate_and_save(self, evaluation):
-        """Each when it is due; `evaluation` returns the returns of its episodes. Ends the run after a signal."""
+        """Evaluate and save where each is due; `evaluation` gives its episodes' returns. End the run after a signal."""
         if self.due(self.args.eval_every):
             self.writer.add_scalar("eval/return", np.mean(evaluation()), self.step)
         if self.due(self.args.checkpoint_every) or self.signal:
@@ -690,7 +690,7 @@ class Run:
             raise SystemExit(128 + self.signal)
 
     def finish(self, evaluation) -> dict:
-        """Save, evaluate once more (and film it, if asked), write result.json, print the final line."""
+        """Save, evaluate once more (and film it, if requested), write result.json, print the final line."""
         if self.step > self.saved:
             self.save()
         self.bar.close()
@@ -705,12 +705,12 @@ class Run:
         return result
 
     def __exit__(self, kind, error, trace):
-        """Say in one line why the loop ended early; below it, an error of the environment keeps its traceback."""
+        """Print one line on why the loop ended early; the traceback of an error of the environment follows it."""
         with contextlib.suppress(ValueError):
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         self.bar.close()
-        with contextlib.suppress(OSError):  # of a full disk
+        with contextlib.suppress(OSError):  # the disk may be full
             self.writer.close()
         if isinstance(error, Exception):
             ending = f"at step {self.step}; the last good checkpoint, if any, is in {self.folder}"
@@ -722,7 +722,7 @@ class Run:
 
 
 def is_finite(state) -> bool:
-    """Are all numbers of a state_dict finite?"""
+    """Whether all numbers of a state_dict are finite."""
     if isinstance(state, torch.Tensor):
         return bool(state.isfinite().all())
     inner = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
@@ -736,14 +736,14 @@ def saved_args(folder: str) -> Args:
         saved = json.loads(path.read_text())
         fits = saved.pop("script") == script and saved.keys() == default.keys()
         fits = fits and all(isinstance(saved[name], (type(default[name]), int)) for name in default)
-    except Exception:  # no such file, no JSON, not what a run writes
+    except Exception:  # no such file, not JSON, or not written by a run
         fits = False
     require(fits, f"{path} does not hold the settings of a run of {script}")
     return Args(**saved | {"run_dir": folder, "resume": folder})
 
 
 def main():
-    """Train with the settings of the command line; beside --resume, with those of the run in that folder."""
+    """Train with the settings of the command line; with --resume, with those of the run in that folder."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal without UTF-8
     description = __doc__.replace("\n", "\n ")  # tyro keeps the line breaks before indented lines
