@@ -67,7 +67,7 @@ sys.modules["toy_of_mappo"] = SimpleNamespace(parallel_env=Toy)
 
 
 def make_agent(seed=0, env_kwargs="{}", env_id="toy_of_mappo", **settings):
-    settings = dict(hidden_dim=8) | settings
+    settings = dict(recurrent=True, hidden_dim=8) | settings
     args = mappo.Args(env_id=env_id, env_kwargs=env_kwargs, **settings)
     torch.manual_seed(seed)
     team = mappo.Team(args, 2)
@@ -125,7 +125,7 @@ def rollout_of(settings, rounds=1):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mappo.MAPPO, "targets", watch_targets)
         patch.setattr(mappo.MAPPO, "update", watch_update)
-        settings = dict(hidden_dim=8, eval_every=0, eval_episodes=1) | settings
+        settings = dict(recurrent=True, hidden_dim=8, eval_every=0, eval_episodes=1) | settings
         args = mappo.Args(env_id="toy_of_mappo", **settings)
         args.total_timesteps = rounds * args.num_envs * args.num_steps
         assert mappo.train(args)["steps"] == args.total_timesteps
@@ -553,7 +553,7 @@ def test_the_dead_have_the_mean_value_of_the_living():
 
 def test_weights_start_orthogonal():
     torch.manual_seed(0)
-    args = mappo.Args(env_id="toy_of_mappo", hidden_dim=16)
+    args = mappo.Args(env_id="toy_of_mappo", hidden_dim=16, recurrent=True)
     agent = mappo.MAPPO(mappo.Team(args, 1), args, torch.device("cpu"))
     for nets, gain in ((agent.policy.agents, 0.01), (agent.value, 1.0)):
         net = nets.nets[0]
@@ -711,7 +711,7 @@ def test_value_function_sees_what_the_policies_do_not(tmp_path):
         (dict(num_envs=0), "--num-envs"),
         (dict(num_minibatches=0), "--num-minibatches"),
         (dict(num_minibatches=101, recurrent=False), "--num-minibatches"),
-        (dict(num_minibatches=21, chunk_length=5), "--num-minibatches"),
+        (dict(num_minibatches=21, chunk_length=5, recurrent=True), "--num-minibatches"),
         (dict(chunk_length=0), "--chunk-length"),
         (dict(epsilon=-0.1), "--epsilon"),
         (dict(lam=1.1), "--lam"),
