@@ -25,8 +25,8 @@ Run     python algos/actor_critic.py --env-id CartPole-v1
     12          S ← S'
 
 Beyond the pseudo-code: lines 9 and 10 are plain gradient steps, on the CPU. A time limit ends an episode without making
-S' terminal, so line 8 still bootstraps from it. Evaluation takes the likeliest action. The picture has I on line 9, the
-book's final edition has not: --no-discount-w.
+S' terminal, so line 8 still bootstraps from it. Evaluation takes the most likely action. The factor I of line 9 is in
+the picture, but not in the book's final edition; --no-discount-w leaves it out.
 
 Result  CartPole-v1 by the command above: see benchmark/RESULTS.md. In the book's short corridor it
         reaches -11.5 while learning, with π(right) = 0.57: benchmark/figures/short_corridor.png
@@ -71,7 +71,7 @@ class Args:
     gamma: float = 0.99
     """discount factor, γ of lines 8 and 11"""
     discount_w: bool = True
-    """I in line 9, as in the picture; the book's final edition leaves it out there"""
+    """use the factor I in line 9, as in the picture; the book's final edition leaves it out there"""
     hidden_dim: int = 64
     """width of the hidden layer of π and of v̂"""
 
@@ -82,7 +82,7 @@ class Args:
     eval_every: int = 25_000
     """environment steps between evaluations; 0 evaluates at the end only"""
     eval_episodes: int = 100
-    """episodes of the policy's likeliest actions in an evaluation"""
+    """episodes per evaluation, with the most likely actions"""
     checkpoint_every: int = 100_000
     """environment steps between checkpoints; 0 saves at the end only"""
     resume: str = ""
@@ -104,7 +104,7 @@ def ascend(parameters: list[nn.Parameter], value: torch.Tensor, step: float):
 
 
 class ActorCritic:
-    """The policy π: states (…, obs_dim) -> preferences (…, actions), the critic v̂: -> (…, 1), and their update."""
+    """The policy π: states (…, obs_dim) -> logits (…, actions), the critic v̂: states -> (…, 1), and their update."""
 
     def __init__(self, policy: nn.Module, v: nn.Module, args: Args):
         self.policy, self.v, self.args = policy, v, args

@@ -28,8 +28,8 @@ Run     python algos/bandits.py
     G5      H(a) ← H(a) - α (R - R̄) π(a)  for every a ≠ A
 
 Beyond the pseudo-code: this is the book's ten-armed testbed, R ~ N(q*(A), 1), with thousands of bandits played at once,
-each with arms q*(a) ~ N(mean, 1) of its own. Optimistic initial values are --q1 5 --alpha 0.1 --epsilon 0: with 1/N(A)
-the first pull would replace them. The book's gradient bandits have --mean 4. The return of a bandit is its mean reward
+each with its own arms q*(a) ~ N(mean, 1). Optimistic initial values are --q1 5 --alpha 0.1 --epsilon 0: with 1/N(A) the
+first reward would replace them. The book's gradient bandits have --mean 4. The return of a bandit is its mean reward
 over the last tenth of its pulls.
 
 Result  first command: return 1.36 ± 0.57 over 2000 bandits, the optimal arm in 80 % of their last 100 pulls
@@ -58,7 +58,7 @@ class Args:
     total_timesteps: int = 1_000
     """pulls of each bandit"""
     bandits: int = 2_000
-    """number of bandits that are played at once, each with arms of its own"""
+    """number of bandits that are played at once, each with its own arms"""
     arms: int = 10
     """number of arms of each bandit"""
     mean: float = 0.0
@@ -92,7 +92,7 @@ class EpsilonGreedy:
         return np.where(explore, uniform, self.best(self.q))  # line 3
 
     def best(self, value):
-        """The arm of the highest value of each bandit, one of them at random where there are several."""
+        """The arm with the highest value of each bandit, ties broken at random."""
         highest = value == value.max(axis=1, keepdims=True)
         return np.where(highest, self.rng.random(value.shape), -1).argmax(axis=1)
 
@@ -131,7 +131,7 @@ METHODS = {"epsilon_greedy": EpsilonGreedy, "ucb": UCB, "gradient": Gradient}
 
 
 class Testbed:
-    """The book's bandits: q*(a) ~ N(mean, 1) for each arm of each bandit, a pull pays N(q*(a), 1)."""
+    """The book's bandits: q*(a) ~ N(mean, 1) for each arm of each bandit, a pull gives R ~ N(q*(a), 1)."""
 
     def __init__(self, args: Args, rng: np.random.Generator):
         self.rng, self.bandit = rng, np.arange(args.bandits)

@@ -2,7 +2,7 @@
 # requires-python = ">=3.10"
 # dependencies = ["gymnasium", "moviepy", "numpy", "tensorboard", "torch", "tqdm", "tyro"]
 # ///
-"""Double Q-learning: of two tables, one chooses the best action and the other one gives its value.
+"""Double Q-learning: of two tables, one selects the best action and the other one estimates its value.
 
 Paper   van Hasselt, 2010, "Double Q-learning".
         https://papers.nips.cc/paper/2010/hash/091d584fced301b442654dd8c23b3fc9-Abstract.html
@@ -23,11 +23,11 @@ Run     python algos/double_q_learning.py --env-id CliffWalking-v1
 
 Beyond the pseudo-code: ties between the best actions are broken at random, in lines 5, 7 and 8 alike; a time limit ends
 an episode without making S' terminal, so lines 7 and 8 still bootstrap from it.
-The notes call the double estimate unbiased. It is an unbiased estimate of the value of the action that one table chose,
-but as an estimate of max_a E[Q(s, a)] it is too low.
+The notes call the double estimate unbiased. It is an unbiased estimate of the value of the action that is selected, but
+as an estimate of max_a E[Q(s, a)] it is too low.
 
 Result  CliffWalking-v1 by the command above: -17 in 5 of 5 seeds. In the world of pics/double_3.png, Q-learning goes
-        left up to 94 % of the time and still 12 % after 290 episodes, double Q-learning 50 % and 7 %:
+        left in up to 94 % of the runs and still in 12 % after 290 episodes, double Q-learning in 50 % and 7 %:
         benchmark/figures/maximization_bias.png
 """
 
@@ -76,7 +76,7 @@ class Args:
     eval_every: int = 1_000
     """environment steps between evaluations; 0 evaluates at the end only"""
     eval_episodes: int = 10
-    """episodes of the greedy policy in an evaluation"""
+    """episodes per evaluation, with the greedy policy"""
     checkpoint_every: int = 100_000
     """environment steps between checkpoints; 0 saves at the end only"""
     resume: str = ""
@@ -94,7 +94,7 @@ class DoubleQLearning:
         self.q = np.zeros((2, num_states, num_actions))  # line 1
 
     def best(self, values: np.ndarray) -> int:
-        """The action of the highest of the values (actions,); one of them at random if there are several."""
+        """The action with the highest of the values (actions,), ties broken at random."""
         best = np.flatnonzero(values == values.max())
         return int(best[self.rng.integers(len(best))])
 

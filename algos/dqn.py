@@ -6,7 +6,7 @@
 
 Paper   Mnih et al., 2013. https://arxiv.org/abs/1312.5602; the target network: Mnih et al., 2015.
         https://www.nature.com/articles/nature14236
-Notes   "DQN (2013)"; the lines of pics/dqn1.png, numbered, and line 14; slides, "Deep Q-Learning Algorithm"
+Notes   "DQN (2013)"; the lines of pics/dqn1.png, numbered; line 14 is added; slides, "Deep Q-Learning Algorithm"
 Run     python algos/dqn.py --env-id CartPole-v1
 
      1  initialise replay memory D to capacity N
@@ -24,11 +24,11 @@ Run     python algos/dqn.py --env-id CartPole-v1
     13          gradient step on (y_j - Q(φ_j, a_j; θ))²
     14          every C steps: θ⁻ ← θ
 
-Beyond the pseudo-code: φ is the environment's vector; the optimiser is Adam; lines 11-13 run every `train_every` steps;
+Beyond the pseudo-code: φ is the observation vector; the optimiser is Adam; lines 11-13 run every `train_every` steps;
 a time limit ends an episode without making φ_t+1 terminal, so line 12 still bootstraps from it. The picture has max
 where line 7 needs argmax, and no target network: its line 12 uses θ, as `--no-target-network` does. The notes credit θ⁻
-to the paper of 2013; it is from 2015. The gradient of pics/dqn2.png lacks a minus sign. The slides copy θ⁻ every
-4 steps in words and move it softly, with τ = 0.001, in code; here it is copied. Images are in dqn_atari.py.
+to the paper of 2013; it is from 2015. The gradient of pics/dqn2.png lacks a minus sign. The text of the slides
+copies θ to θ⁻ every 4 steps, their code averages with τ = 0.001; here θ is copied. For images, see dqn_atari.py.
 
 Result  CartPole-v1 by the command above: 500, the maximum, in 4 of 5 seeds, 420 in the fifth (means of the last three
         evaluations)
@@ -72,9 +72,9 @@ class Args:
     learning_rate: float = 2.5e-4
     """learning rate of Adam"""
     batch_size: int = 128
-    """transitions in the minibatch of line 11"""
+    """transitions in the minibatch of one update, line 11"""
     buffer_size: int = 10_000
-    """transitions that the replay memory D holds, N of line 1"""
+    """capacity of the replay memory D, in transitions, N of line 1"""
     learning_starts: int = 10_000
     """environment steps before the first update"""
     train_every: int = 10
@@ -107,7 +107,7 @@ class Args:
     eval_every: int = 25_000
     """environment steps between evaluations; 0 evaluates at the end only"""
     eval_episodes: int = 100
-    """episodes of the greedy policy in an evaluation"""
+    """episodes per evaluation, with the greedy policy"""
     checkpoint_every: int = 100_000
     """environment steps between checkpoints; 0 saves at the end only"""
     resume: str = ""
@@ -134,7 +134,7 @@ class DQN:
         return int(self.q(s.unsqueeze(0)).argmax())  # line 7
 
     def target(self, r, s2, d):
-        """y (batch,), the value that Q learns."""
+        """y (batch,), the target of Q(s, a)."""
         return r + self.args.gamma * (1 - d) * self.q_targ(s2).amax(dim=1)  # line 12
 
     def update(self, s, a, r, s2, d):

@@ -9,7 +9,7 @@
 
 Paper   Mnih et al., 2013. https://arxiv.org/abs/1312.5602; the target network: Mnih et al., 2015.
         https://www.nature.com/articles/nature14236
-Notes   "DQN (2013)"; the lines of pics/dqn1.png, numbered, and line 14; slides, "Deep Q-Learning Algorithm"
+Notes   "DQN (2013)"; the lines of pics/dqn1.png, numbered; line 14 is added; slides, "Deep Q-Learning Algorithm"
 Run     python algos/dqn_atari.py --env-id MinAtar/Breakout-v1 --total-timesteps 200000 --learning-starts 5000
             --train-every 1 --target-every 1000 --buffer-size 100000 --epsilon-end 0.1 --epsilon-steps 100000
 
@@ -28,13 +28,13 @@ Run     python algos/dqn_atari.py --env-id MinAtar/Breakout-v1 --total-timesteps
     13          gradient step on (y_j - Q(φ_j, a_j; θ))²
     14          every C steps: θ⁻ ← θ
 
-The difference from dqn.py is the images (`diff algos/dqn.py algos/dqn_atari.py`); dqn.py says where notes and paper
-differ.
+The difference from dqn.py is the images (`diff algos/dqn.py algos/dqn_atari.py`); the docstring of dqn.py says where
+notes and paper differ.
 
-Beyond the pseudo-code: φ is the last four frames, prepared as in the paper of 2015: each action is repeated for four
-frames, the last two of them are merged by their maximum, in grey and 84 × 84 pixels; a game begins with 1 to 30 frames
-without an action. In training a reward keeps only its sign, and a lost life ends the episode although the game goes on.
-MinAtar's φ is one frame of 10 × 10 with a channel for each kind of object. The replay memory keeps each frame once. The
+Beyond the pseudo-code: φ is the last four frames, preprocessed as in the paper of 2015: each action is repeated for
+four frames; the maximum of the last two is taken, in grey, at 84 × 84 pixels; a game begins with 1 to 30 frames without
+an action. In training, rewards are clipped to their sign, and a lost life ends the episode although the game continues.
+MinAtar's φ is one frame of 10 × 10 with a channel for each kind of object. The replay memory has each frame once. The
 slides list kernel 8, stride 4 three times; only 8/4, 4/2 and 3/1, as in their code, give their 64·7·7 features;
 MinAtar's network is that of Young & Tian (2019).
 
@@ -79,9 +79,9 @@ class Args:
     learning_rate: float = 1e-4
     """learning rate of Adam"""
     batch_size: int = 32
-    """transitions in the minibatch of line 11"""
+    """transitions in the minibatch of one update, line 11"""
     buffer_size: int = 1_000_000
-    """frames that the replay memory D holds, N of line 1: one for each step, and those of each episode's first φ"""
+    """capacity of the replay memory D, in frames, N of line 1: one for each step, all of each episode's first φ"""
     learning_starts: int = 80_000
     """environment steps before the first update"""
     train_every: int = 4
@@ -112,7 +112,7 @@ class Args:
     eval_every: int = 100_000
     """environment steps between evaluations; 0 evaluates at the end only"""
     eval_episodes: int = 10
-    """episodes of the greedy policy in an evaluation"""
+    """episodes per evaluation, with the greedy policy"""
     checkpoint_every: int = 100_000
     """environment steps between checkpoints; 0 saves at the end only"""
     resume: str = ""
@@ -162,7 +162,7 @@ class DQN:
         return int(self.q(s.unsqueeze(0)).argmax())  # line 7
 
     def target(self, r, s2, d):
-        """y (batch,), the value that Q learns."""
+        """y (batch,), the target of Q(s, a)."""
         return r + self.args.gamma * (1 - d) * self.q_targ(s2).amax(dim=1)  # line 12
 
     def update(self, s, a, r, s2, d):

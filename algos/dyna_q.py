@@ -2,7 +2,7 @@
 # requires-python = ">=3.10"
 # dependencies = ["gymnasium", "moviepy", "numpy", "tensorboard", "torch", "tqdm", "tyro"]
 # ///
-"""Dyna-Q: Q-learning from real steps, and after each of them from n steps of a learned model.
+"""Dyna-Q: Q-learning from real steps and, after each of them, from n steps of a learned model.
 
 Paper   Sutton, 1991, "Dyna, an integrated architecture for learning, planning, and reacting".
         https://dl.acm.org/doi/10.1145/122344.122377
@@ -26,7 +26,7 @@ Run     python algos/dyna_q.py --env-id DynaMaze-v0
 
 Beyond the pseudo-code: the model also stores whether S' was terminal, because line 12 must not bootstrap from it; ties
 between the best actions are broken at random; a time limit ends an episode without making S' terminal.
-Lines 9 and 10 are as written: first a state is drawn, then one of its actions, which is not a uniformly random pair.
+Lines 9 and 10 draw first a state, then one of its actions: the distribution over the pairs is not uniform.
 
 Result  DynaMaze-v0, first command: it reaches the goal in 5 of 5 seeds. CliffWalking-v1, second command: -13, the
         shortest path, in 5 of 5 seeds. Figure 8.2: benchmark/figures/dyna_maze.png
@@ -80,7 +80,7 @@ class Args:
     eval_every: int = 200
     """environment steps between evaluations; 0 evaluates at the end only"""
     eval_episodes: int = 10
-    """episodes of the greedy policy in an evaluation"""
+    """episodes per evaluation, with the greedy policy"""
     checkpoint_every: int = 100_000
     """environment steps between checkpoints; 0 saves at the end only"""
     resume: str = ""

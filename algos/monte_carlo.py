@@ -34,8 +34,8 @@ Run     python algos/monte_carlo.py --eval-episodes 100000
     W11         if A_t ≠ π(S_t): leave the loop
     W12         W ← W / b(A_t|S_t)
 
-Beyond the pseudo-code: counts and running means stand for the lists of line 6; b is the ε-soft policy around π, the
-uniformly random one if ε = 1. There is no bootstrap: the return of an episode that a time limit cuts lacks the rewards
+Beyond the pseudo-code: counts and running means replace the lists of line 6; b is the ε-soft policy around π, the
+uniformly random one if ε = 1. There is no bootstrap: the return of an episode that a time limit ends lacks the rewards
 that would have followed. π of line 10 converges to the best ε-soft policy, whose return is charts/episodic_return;
 eval/return is that of the greedy policy.
 
@@ -76,7 +76,7 @@ class Args:
     method: Literal["on_policy", "off_policy"] = "on_policy"
     """on_policy: lines 1-10; off_policy: lines W1-W12"""
     total_timesteps: int = 750_000
-    """environment steps; about 500 000 games of Blackjack"""
+    """environment steps; about 500,000 games of Blackjack"""
     gamma: float = 1.0
     """discount factor, γ of lines 5 and W7"""
     epsilon: float = 0.1
@@ -89,7 +89,7 @@ class Args:
     eval_every: int = 150_000
     """environment steps between evaluations; 0 evaluates at the end only"""
     eval_episodes: int = 10_000
-    """episodes of the greedy policy in an evaluation"""
+    """episodes per evaluation, with the greedy policy"""
     checkpoint_every: int = 100_000
     """environment steps between checkpoints; 0 saves at the end only"""
     resume: str = ""
@@ -126,7 +126,7 @@ class MonteCarlo:
 
 class OnPolicy(MonteCarlo):
     def learn(self, episode: list[tuple[int, int, float, float]]):
-        """From the state, the action, its probability and the reward of each step."""
+        """Learn from the state, the action, its probability and the reward of each step."""
         G, returns = 0.0, {}
         for s, a, _, r in reversed(episode):
             G = self.args.gamma * G + r
@@ -141,7 +141,7 @@ class OnPolicy(MonteCarlo):
 
 class OffPolicy(MonteCarlo):
     def learn(self, episode: list[tuple[int, int, float, float]]):
-        """From the state, the action, its probability b(a|s) and the reward of each step."""
+        """Learn from the state, the action, its probability b(a|s) and the reward of each step."""
         G, W = 0.0, 1.0  # line W5
         for s, a, b, r in reversed(episode):  # line W6
             G = self.args.gamma * G + r  # line W7

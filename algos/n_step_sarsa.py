@@ -29,7 +29,7 @@ Beyond the pseudo-code: π is learned. For a fixed given π, the picture's other
 q_π: --epsilon 1 is the uniformly random policy, and with a single action, as in RandomWalk-v0, it is TD prediction.
 After the last step of an episode the loop of line 5 goes on without acting until line 16; here these last values of τ
 are one `for` loop. Where a time limit, not a terminal state, ends the episode, T stays ∞ and line 13 bootstraps from
-the last state. Ties between the best actions are broken at random. The picture lets S, A and R take their index mod n:
+the last state. Ties between the best actions are broken at random. The picture stores S, A and R at index mod n:
 then S_τ+n overwrites S_τ while line 14 needs it (the book's final edition has n + 1). Here they are lists.
 
 Result  CliffWalking-v1 by the command above: -17, -19, -17, -19, -17 (seeds 1-5). Of n = 1, 2, 4, … 512, n = 4 predicts
@@ -84,7 +84,7 @@ class Args:
     eval_every: int = 2_500
     """environment steps between evaluations; 0 evaluates at the end only"""
     eval_episodes: int = 10
-    """episodes of the greedy policy in an evaluation"""
+    """episodes per evaluation, with the greedy policy"""
     checkpoint_every: int = 100_000
     """environment steps between checkpoints; 0 saves at the end only"""
     resume: str = ""
@@ -94,7 +94,7 @@ class Args:
 
 
 class NStepSarsa:
-    """The table Q (states, actions), its ε-greedy policy, the episode so far, and the update of one of its pairs."""
+    """The table Q (states, actions), its ε-greedy policy, the episode so far, and the update of a pair S_τ, A_τ."""
 
     def __init__(self, num_states: int, num_actions: int, args: Args):
         self.args, self.num_actions = args, num_actions
@@ -116,7 +116,7 @@ class NStepSarsa:
         return self.A[0]
 
     def observe(self, r: float, s2: int, terminated: bool, truncated: bool) -> int:
-        """Store what step t brought, and update the pairs whose n rewards are known; returns A_t+1."""
+        """Store the outcome of step t, and update the pairs whose n rewards are known; returns A_t+1."""
         t, n = len(self.A) - 1, self.args.n
         self.R.append(r)  # line 7
         self.S.append(s2)

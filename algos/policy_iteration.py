@@ -25,10 +25,10 @@ Run     python algos/policy_iteration.py --env-id JacksCarRental-v0 --eval-episo
     13      if old ≠ π(s): stable ← false
     14  if stable: return V, π; else go to line 2
 
-Beyond the pseudo-code: a sweep computes all V(s) at once from the old V, which has the same limit and takes a few more
-sweeps; V is 0 at terminal states. As it stands the picture can go on forever between equally good actions (exercise
-4.4): here the old action stays unless another one is better by more than `tie`. With γ = 1 a policy that never ends has
-no value; there, start from the equiprobable policy with --uniform-start.
+Beyond the pseudo-code: a sweep computes all V(s) at once from the old V, which has the same limit and needs a few more
+sweeps; V is 0 at terminal states. The picture's loop can alternate forever between equally good actions (exercise 4.4):
+here the old action is kept unless another one is better by more than `tie`. With γ = 1, a policy whose episodes never
+end has no value; then start from the equiprobable policy with --uniform-start.
 
 Result  first command: 4 improvements to V(10, 10) = 574.95, return 17926.97 ± 486.65 over 1000 years
         second command: V = 0.8235 without the time limit, return 0.73 ± 0.44 over 1000 episodes within it
@@ -66,18 +66,18 @@ class Args:
     theta: float = 1e-8
     """threshold of the largest change of V, below which an evaluation ends, θ of line 8"""
     tie: float = 1e-6
-    """by how much another action must be better than the old one to replace it in line 12"""
+    """amount by which another action must be better than the old one to replace it in line 12"""
     max_sweeps: int = 100_000
     """number of sweeps of one evaluation after which the run ends with an error"""
     uniform_start: bool = False
-    """start from the policy that takes all actions with the same probability, else from action 0 in every state"""
+    """start from the equiprobable policy, instead of action 0 in every state"""
 
     seed: int = 1
-    """seed of the first state, whose value is printed; planning itself draws nothing"""
+    """seed of the first state, whose value is printed; planning itself is deterministic"""
     run_dir: str = ""
     """folder of log, checkpoint and result; if empty, runs/<env>__<script>__<seed>__<time>"""
     eval_episodes: int = 10
-    """episodes of the resulting policy in the evaluation"""
+    """episodes per evaluation, with the resulting policy"""
     capture_video: bool = False
     """film the first episode of the last evaluation"""
 
@@ -106,7 +106,7 @@ class PolicyIteration:
         return np.abs(v - self.v).max()  # lines 3, 7
 
     def improve(self) -> bool:
-        """Make π greedy in V; returns whether it was so already."""
+        """Make π greedy with respect to V; returns whether it already was."""
         q = self.r + self.args.gamma * self.p @ self.v
         old = self.pi  # line 11
         as_good = (old * q).sum(axis=1) >= q.max(axis=1) - self.args.tie
@@ -136,12 +136,12 @@ def train(args: Args) -> dict:
         while not stable:  # line 14
             delta, first = math.inf, run.step
             while not delta < args.theta:  # lines 2, 8
-                hopeless = "V does not converge: lower --gamma, or where it is 1 try --uniform-start"
+                hopeless = "V does not converge: lower --gamma or, if it is 1, try --uniform-start"
                 require(run.step - first < args.max_sweeps, hopeless)
                 delta = agent.sweep()  # lines 3-7
                 run.advance()
             stable = agent.improve()  # lines 9-13
-            improvements += 1  # the last time nothing changes
+            improvements += 1  # the last one changes nothing
             run.log({"charts/value_of_first_state": agent.v[s0], "charts/delta": delta})
         print(f"improvements: {improvements}, value of state {s0}: {agent.v[s0]:.6g}")
         return run.finish(evaluation)

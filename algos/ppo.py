@@ -17,10 +17,10 @@ Run     python algos/ppo.py --env-id CartPole-v1
               g(ε, Â) = (1 + ε) Â if Â ≥ 0 else (1 - ε) Â, by stochastic gradient ascent with Adam
      7      φ_k+1 = argmin_φ mean_Dk (V_φ(s_t) - R̂_t)², by gradient descent
 
-Beyond the pseudo-code: one loss for lines 6 and 7, with a bonus for the entropy of the policy; R̂ = Â + V; Â is
+Beyond the pseudo-code: lines 6 and 7 have one loss, with an entropy bonus for the policy; R̂ = Â + V; Â is
 normalised to mean 0 and standard deviation 1 over D_k; gradients are clipped, and the learning rate is annealed to 0.
 Where a time limit ends an episode, line 5 bootstraps from the true last observation, and the sum of GAE ends there.
-That the four cases of line 6 are harsh on bad actions is the notes' reading alone. Images are in ppo_atari.py.
+The claim that the four cases of line 6 penalise bad actions harshly is the notes'. For images, see ppo_atari.py.
 
 Result  CartPole-v1: 500, the maximum, in 5 of 5 seeds (100 episodes each) by the command above
 """
@@ -59,7 +59,7 @@ class Args:
     total_timesteps: int = 100_000
     """environment steps, rounded up to whole rollouts"""
     num_envs: int = 8
-    """environments that step together, N"""
+    """parallel environments, N"""
     num_steps: int = 32
     """steps of each environment in a rollout D_k, T"""
     gamma: float = 0.98
@@ -83,7 +83,7 @@ class Args:
     max_grad_norm: float = 0.5
     """maximum gradient norm"""
     normalize_obs: bool = False
-    """normalise observations by the mean and the standard deviation of those of all rollouts so far"""
+    """normalise observations by their mean and standard deviation over all rollouts so far"""
     normalize_reward: bool = False
     """divide rewards by the standard deviation of the discounted return"""
 
@@ -100,7 +100,7 @@ class Args:
     eval_every: int = 10_000
     """environment steps between evaluations; 0 evaluates at the end only"""
     eval_episodes: int = 100
-    """episodes of the most likely actions in an evaluation"""
+    """episodes per evaluation, with the most likely actions"""
     checkpoint_every: int = 100_000
     """environment steps between checkpoints; 0 saves at the end only"""
     resume: str = ""
@@ -124,7 +124,7 @@ class CategoricalPolicy(nn.Module):
     def __init__(self, obs_dim: int, space: gym.Space):
         super().__init__()
         choices = torch.as_tensor(getattr(space, "nvec", getattr(space, "n", 0))).reshape(-1, 1)
-        self.register_buffer("absent", torch.arange(int(choices.max())) >= choices)  # of components with fewer choices
+        self.register_buffer("absent", torch.arange(int(choices.max())) >= choices)  # if a component has fewer choices
         self.net = network(obs_dim, self.absent.numel(), gain=0.01)
 
     def forward(self, s):
@@ -133,7 +133,7 @@ class CategoricalPolicy(nn.Module):
 
 
 class GaussianPolicy(nn.Module):
-    """π_θ for Box: observations -> actions (batch, action_dim), normal with one standard deviation for all s."""
+    """π_θ for Box: observations -> actions (batch, action_dim), normal; the standard deviation is independent of s."""
 
     def __init__(self, obs_dim: int, space: gym.Space):
         super().__init__()
@@ -212,7 +212,7 @@ class PPO:
         loss.backward()
         nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], self.args.max_grad_norm)
         self.optimizer.step()  # lines 6, 7
-        parts = parts.clone()  # which a CUDA graph reuses
+        parts = parts.clone()  # a CUDA graph reuses its outputs
         return dict(zip(("losses/policy", "losses/value", "charts/entropy"), parts))
 
     @torch.no_grad()

@@ -5,7 +5,7 @@
 #   "tensorboard", "torch", "tqdm", "tyro",
 # ]
 # ///
-"""PPO on images: the clipped objective for Atari and MinAtar, on one process or, under torchrun, several.
+"""PPO on images: the clipped objective for Atari and MinAtar, in one process or, under torchrun, in several.
 
 Paper   Schulman, Wolski, Dhariwal, Radford & Klimov, 2017, section 6.4. https://arxiv.org/abs/1707.06347
 Notes   "PPO (2017)"; the numbers below are those of pics/ppo_2.png; line 6: pics/ppo_1.png, line 5: GAE, pics/gae_1.png
@@ -23,12 +23,12 @@ Run     python algos/ppo_atari.py --env-id MinAtar/Breakout-v1 --total-timesteps
 
 The difference from ppo.py is the images and torchrun (`diff algos/ppo.py algos/ppo_atari.py`).
 
-Beyond the pseudo-code: what ppo.py names. s is the last four frames, prepared as by Mnih et al. (2015): each action is
-repeated for four frames, the last two of them are merged by their maximum, in grey and 84 × 84 pixels; a game begins
-with up to 30 frames without an action. In training a reward keeps only its sign, and a lost life ends the episode
-although the game goes on. MinAtar's s is one frame of 10 × 10 with a channel for each kind of object. The layers are
-those of the slides' DQN, for MinAtar those of Young & Tian (2019); θ and φ share none, in the paper's experiments they
-do. Under torchrun each process has a part of the environments and of each minibatch, and the gradients are averaged.
+Beyond the pseudo-code: as in ppo.py. s is the last four frames, preprocessed as by Mnih et al. (2015): each action is
+repeated for four frames; the maximum of the last two is taken, in grey, at 84 × 84 pixels; a game begins with up to 30
+frames without an action. In training, rewards are clipped to their sign, and a lost life ends the episode although the
+game continues. MinAtar's s is one frame of 10 × 10 with a channel for each kind of object. The layers are those of the
+slides' DQN, for MinAtar those of Young & Tian (2019); θ and φ have no common layers, unlike those of the paper. Under
+torchrun, each process has a part of the environments and of each minibatch, and the gradients are averaged.
 
 Result  MinAtar/Breakout-v1: to be measured
 """
@@ -70,7 +70,7 @@ class Args:
     total_timesteps: int = 10_000_000
     """environment steps, rounded up to whole rollouts; in Atari a step is four frames"""
     num_envs: int = 8
-    """environments that step together, in all processes, N"""
+    """parallel environments, of all processes together, N"""
     num_steps: int = 128
     """steps of each environment in a rollout D_k, T"""
     gamma: float = 0.99
@@ -107,7 +107,7 @@ class Args:
     eval_every: int = 100_000
     """environment steps between evaluations; 0 evaluates at the end only"""
     eval_episodes: int = 10
-    """episodes of the most likely actions in an evaluation"""
+    """episodes per evaluation, with the most likely actions"""
     checkpoint_every: int = 100_000
     """environment steps between checkpoints; 0 saves at the end only"""
     resume: str = ""

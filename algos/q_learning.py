@@ -21,7 +21,7 @@ Run     python algos/q_learning.py --env-id CliffWalking-v1
 
 Beyond the pseudo-code: ties between the best actions are broken at random, since the first steps in a table of zeros
 would otherwise all take the same action; a time limit ends an episode without making S' terminal, so line 7 still
-bootstraps from it. The slides say that Q approximates q_π; it approximates q*, whatever policy explores.
+bootstraps from it. The slides say that Q approximates q_π; it approximates q* under any policy that explores.
 
 Result  CliffWalking-v1 with the defaults: -13, the shortest path, in 5 of 5 seeds; FrozenLake-v1 and Taxi-v4 reach
         their optima, too: benchmark/RESULTS.md
@@ -72,7 +72,7 @@ class Args:
     eval_every: int = 1_000
     """environment steps between evaluations; 0 evaluates at the end only"""
     eval_episodes: int = 10
-    """episodes of the greedy policy in an evaluation"""
+    """episodes per evaluation, with the greedy policy"""
     checkpoint_every: int = 100_000
     """environment steps between checkpoints; 0 saves at the end only"""
     resume: str = ""

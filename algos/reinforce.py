@@ -21,8 +21,8 @@ Run     python algos/reinforce.py --env-id CartPole-v1
      9          θ ← θ + α_θ γ^t δ ∇ln π(A_t|S_t, θ)
 
 Beyond the pseudo-code: lines 5-9 are plain gradient steps, one after the other, on the CPU. Where a time limit ends the
-episode, v̂ of its last state stands for the rewards that would have followed. Evaluation takes the likeliest action.
-The picture has γ^t on line 8, the book's final edition has not: --no-discount-w.
+episode, v̂ of its last state replaces the rewards that would have followed. Evaluation takes the most likely action.
+The factor γ^t of line 8 is in the picture, but not in the book's final edition; --no-discount-w leaves it out.
 
 Result  CartPole-v1 by the command above: see benchmark/RESULTS.md. In the short corridor of
         figure 13.2 it reaches -11.7, the return of the best policy: benchmark/figures/short_corridor.png
@@ -67,7 +67,7 @@ class Args:
     gamma: float = 0.99
     """discount factor, γ of lines 6, 8 and 9"""
     discount_w: bool = True
-    """γ^t in line 8, as in the picture; the book's final edition leaves it out there"""
+    """use the factor γ^t in line 8, as in the picture; the book's final edition leaves it out there"""
     hidden_dim: int = 64
     """width of the hidden layer of π and of v̂"""
 
@@ -78,7 +78,7 @@ class Args:
     eval_every: int = 25_000
     """environment steps between evaluations; 0 evaluates at the end only"""
     eval_episodes: int = 100
-    """episodes of the policy's likeliest actions in an evaluation"""
+    """episodes per evaluation, with the most likely actions"""
     checkpoint_every: int = 100_000
     """environment steps between checkpoints; 0 saves at the end only"""
     resume: str = ""
@@ -100,7 +100,7 @@ def ascend(parameters: list[nn.Parameter], value: torch.Tensor, step: float):
 
 
 class Reinforce:
-    """The policy π: states (…, obs_dim) -> preferences (…, actions), the baseline v̂: -> (…, 1), and their updates."""
+    """The policy π: states (…, obs_dim) -> logits (…, actions), the baseline v̂: states -> (…, 1), their updates."""
 
     def __init__(self, policy: nn.Module, v: nn.Module, args: Args):
         self.policy, self.v, self.args = policy, v, args
@@ -112,7 +112,7 @@ class Reinforce:
         return int(torch.multinomial(pi, 1) if explore else pi.argmax())  # line 4
 
     def returns(self, R: list[float], tail: float) -> list[float]:
-        """G_t for each step; `tail` is what follows the last reward: 0 after a terminal state."""
+        """G_t for each step; `tail` is the value of the last state, 0 if it is terminal."""
         G = [tail]
         for r in reversed(R):
             G.append(r + self.args.gamma * G[-1])  # line 6

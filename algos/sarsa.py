@@ -24,8 +24,8 @@ Run     python algos/sarsa.py --env-id CliffWalking-v1
 
 Beyond the pseudo-code: ties between the best actions are broken at random, since the first steps in a table of zeros
 would otherwise all take the same action; a time limit ends an episode without making S' terminal, so line 8 still
-bootstraps from it. The slides lower ε from episode to episode: --epsilon 1 --epsilon-decay 1 makes it 1, 1/2, 1/3, …
-The picture says Q ≈ q*, the slides q_π: it is q_π of the policy that explores, and q* only where ε falls to 0.
+bootstraps from it. The slides decay ε from episode to episode: --epsilon 1 --epsilon-decay 1 makes it 1, 1/2, 1/3, …
+The picture says Q ≈ q*, the slides q_π: it is q_π of the policy that explores, and q* only if ε decays to 0.
 
 Result  CliffWalking-v1, first command: -15, -15, -17, -15, -15 (seeds 1-5), the safe path; Q-learning takes the
         shortest one. WindyGrid-v0, second command: -15, the shortest path, in 5 of 5 seeds. Figures of the book:
@@ -71,7 +71,7 @@ class Args:
     epsilon: float = 0.1
     """probability of a uniformly random action, ε of lines 4 and 7"""
     epsilon_decay: float = 0.0
-    """exponent k by which ε falls: in episode i it is ε / i^k; 0 keeps it constant"""
+    """exponent k of the decay of ε: in episode i it is ε / i^k; 0 keeps it constant"""
 
     seed: int = 1
     """seed of the exploration and the environment"""
@@ -80,7 +80,7 @@ class Args:
     eval_every: int = 2_500
     """environment steps between evaluations; 0 evaluates at the end only"""
     eval_episodes: int = 10
-    """episodes of the greedy policy in an evaluation"""
+    """episodes per evaluation, with the greedy policy"""
     checkpoint_every: int = 100_000
     """environment steps between checkpoints; 0 saves at the end only"""
     resume: str = ""

@@ -2,7 +2,7 @@
 # requires-python = ">=3.10"
 # dependencies = ["gymnasium", "moviepy", "numpy", "tensorboard", "torch", "tqdm", "tyro"]
 # ///
-"""Episodic semi-gradient Sarsa: Sarsa with a function approximator, here linear in tiles, instead of a table.
+"""Episodic semi-gradient Sarsa: Sarsa with a function approximator, here linear tile coding, instead of a table.
 
 Paper   Sutton & Barto, 2018, sections 10.1 and 9.5.4. http://incompleteideas.net/book/the-book-2nd.html
         Sutton, 1996, "Generalization in reinforcement learning: successful examples using sparse coarse coding".
@@ -19,11 +19,11 @@ Run     python algos/semi_gradient_sarsa.py --eval-episodes 100
      8          w ← w + α [R + γ q̂(S', A', w) - q̂(S, A, w)] ∇q̂(S, A, w)
      9          S ← S';  A ← A'
 
-Beyond the pseudo-code: q̂ is a sum of weights, one per tiling, that of the tile in which S lies: ∇q̂ is 1 for these
+Beyond the pseudo-code: q̂ is a sum of one weight per tiling, that of the tile that contains S: ∇q̂ is 1 for these
 weights and 0 for the others. The gradient is that of q̂(S, A, w) alone, not of the target, hence "semi-gradient". A time
 limit does not make S' terminal: line 8 applies, not line 6. Ties between the best actions are broken at random. All
-rewards of the mountain car are negative, so w = 0 is an optimistic start, which explores even with ε = 0. Its
-usual time limit of 200 steps would cut the first episodes short, hence --env-kwargs.
+rewards of MountainCar are negative, so w = 0 is optimistic, which leads to exploration even with ε = 0. Its
+usual time limit of 200 steps would end the first episodes early, hence the default of --env-kwargs.
 
 Result  MountainCar-v0 by the command above: -112, -111, -115, -110, -120 (seeds 1-5, means of 100
         episodes). Figures 10.1 and 10.2: benchmark/figures/mountain_car.png
@@ -55,7 +55,7 @@ from tqdm import tqdm
 @dataclass
 class Args:
     env_id: str = "MountainCar-v0"
-    """a gymnasium environment with bounded vectors of few numbers as observations and Discrete actions"""
+    """a gymnasium environment with low-dimensional bounded vectors as observations and Discrete actions"""
     env_kwargs: str = '{"max_episode_steps": 20000}'
     """arguments of the environment, as JSON"""
     total_timesteps: int = 75_000
@@ -67,9 +67,9 @@ class Args:
     epsilon: float = 0.0
     """probability of a uniformly random action, ε of lines 3 and 7"""
     tilings: int = 8
-    """number of tilings, grids over all observations, each shifted against the others"""
+    """number of tilings, which are grids over the observation space, each with its own offset"""
     tiles: int = 8
-    """number of tiles of a tiling along each observation"""
+    """number of tiles of a tiling along each dimension of the observations"""
 
     seed: int = 1
     """seed of the exploration and the environment"""
@@ -78,7 +78,7 @@ class Args:
     eval_every: int = 2_500
     """environment steps between evaluations; 0 evaluates at the end only"""
     eval_episodes: int = 10
-    """episodes of the greedy policy in an evaluation"""
+    """episodes per evaluation, with the greedy policy"""
     checkpoint_every: int = 100_000
     """environment steps between checkpoints; 0 saves at the end only"""
     resume: str = ""
@@ -88,15 +88,15 @@ class Args:
 
 
 class TileCoder:
-    """From an observation (k,) to the number of its tile in each tiling (tilings,)."""
+    """Maps an observation (k,) to the index of its tile in each tiling (tilings,)."""
 
     def __init__(self, low: np.ndarray, high: np.ndarray, tilings: int, tiles: int):
         self.low, self.high = low.astype(float), high.astype(float)
         width = self.high - self.low
-        self.scale = tiles / np.where(width > 0, width, np.inf)  # an observation that is constant has one tile
-        odd = 2 * np.arange(len(low)) + 1  # each tiling is (1, 3, 5, …) / tilings of a tile further than the one before
+        self.scale = tiles / np.where(width > 0, width, np.inf)  # a constant dimension has one tile
+        odd = 2 * np.arange(len(low)) + 1  # each tiling is shifted by (1, 3, 5, …) / tilings of a tile
         self.shift = np.arange(tilings)[:, None] * odd % tilings / tilings
-        self.strides = (tiles + 1) ** np.arange(len(low))  # shifted tiles need one more along each observation
+        self.strides = (tiles + 1) ** np.arange(len(low))  # shifted tilings need one more tile per dimension
         self.size = tilings * (tiles + 1) ** len(low)
         self.first = np.arange(tilings) * (self.size // tilings)
 
@@ -106,7 +106,7 @@ class TileCoder:
 
 
 class SemiGradientSarsa:
-    """q̂ with its weights w (actions, tiles), its ε-greedy policy and its update; states x are the numbers of tiles."""
+    """q̂ with its weights w (actions, tiles), its ε-greedy policy and its update; a state x is its tiles' indices."""
 
     def __init__(self, num_weights: int, num_actions: int, args: Args):
         self.args, self.num_actions = args, num_actions
@@ -143,7 +143,7 @@ def train(args: Args) -> dict:
     require_spaces(env, obs="bounded vector", action="Discrete")
     set_up_torch(args)
     tiles_of = TileCoder(env.observation_space.low, env.observation_space.high, args.tilings, args.tiles)
-    require(tiles_of.size < 1e8, f"{tiles_of.size} tiles are too many: fewer --tiles, or dqn")
+    require(tiles_of.size < 1e8, f"{tiles_of.size} tiles are too many: use fewer --tiles, or dqn")
     agent = SemiGradientSarsa(tiles_of.size, env.action_space.n, args)
 
     def greedy(s: np.ndarray, explore: bool) -> int:

@@ -20,11 +20,11 @@ Run     python algos/value_iteration.py --env-id Gambler-v0 --eval-episodes 1000
      8  until Δ < θ
      9  output π(s) = argmax_a Σ_{s',r} p(s', r | s, a) [r + γ V(s')]
 
-Beyond the pseudo-code: a sweep computes all V(s) at once from the old V, which has the same limit and takes a few more
-sweeps. Of actions that are equally good (within `tie`) line 9 takes the first, the gambler's smallest stake; decided by
-rounding errors, the policy would look random. With γ = 1 and steps that cost nothing, as on frozen lakes, a greedy
-policy may walk in circles (FrozenLake8x8-v1: return 0), and the picture's "initialise V arbitrarily" may end above v*;
-there, take γ = 0.999.
+Beyond the pseudo-code: a sweep computes all V(s) at once from the old V, which has the same limit and needs a few more
+sweeps. Of equally good actions (within `tie`) line 9 takes the first, the gambler's smallest stake; otherwise rounding
+errors would decide. With γ = 1 and steps without a cost, as in FrozenLake, a greedy policy may never reach the goal
+(FrozenLake8x8-v1: return 0), and the picture's "initialise V arbitrarily" may converge to values above v*; then use
+γ = 0.999.
 
 Result  first command: V(50) = 0.4 after 40 sweeps, return 0.41 ± 0.49 over 10000 episodes
         second command: return 7.91 ± 2.57 over 1000 episodes after 19 sweeps, the optimum being 7.93
@@ -60,16 +60,16 @@ class Args:
     theta: float = 1e-12
     """threshold of the largest change of V, below which the sweeps end, θ of line 8"""
     tie: float = 1e-9
-    """difference to the best value up to which an action counts as equally good in line 9"""
+    """difference from the best value up to which an action counts as equally good in line 9"""
     max_sweeps: int = 100_000
     """number of sweeps after which the run ends with an error"""
 
     seed: int = 1
-    """seed of the first state, whose value is printed; planning itself draws nothing"""
+    """seed of the first state, whose value is printed; planning itself is deterministic"""
     run_dir: str = ""
     """folder of log, checkpoint and result; if empty, runs/<env>__<script>__<seed>__<time>"""
     eval_episodes: int = 10
-    """episodes of the resulting policy in the evaluation"""
+    """episodes per evaluation, with the resulting policy"""
     capture_video: bool = False
     """film the first episode of the last evaluation"""
 

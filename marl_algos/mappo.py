@@ -36,9 +36,9 @@ simple_spread have nothing to remember and learn more slowly with them. There ar
 15), and one backward pass of L(θ) + L(φ), of which each concerns one network only; gradients are clipped to norm 10.
 Episodes go on across rollouts, so h is 0 only where an episode begins, and a chunk ends where its episode does. The
 inputs have the agent's index, because the agents share θ and φ, and LayerNorm; Â is standardised; α is annealed
-linearly to 0. Illegal actions have p = 0; dead agents and padding weigh nothing. A time limit is not a terminal state:
-V of the last state is bootstrapped. While a team with a common reward plays on without a dead agent, that agent's value
-is the mean of the living agents' values.
+linearly to 0. Illegal actions have p = 0; dead agents and padding have weight 0. A time limit is not a terminal state:
+V of the last state is bootstrapped. While a team with a common reward continues without a dead agent, that agent's
+value is the mean of the living agents' values.
 
 Result  simple_spread: to be measured
 """
@@ -84,11 +84,11 @@ class Args:
     reward_mode: Literal["mean", "sum", "own"] = "mean"
     """r of line 10, the mean or the sum of the agents' rewards, or each agent's own"""
     max_episode_steps: int = 1_000
-    """steps after which an episode is cut, as by a time limit"""
+    """steps after which an episode is truncated"""
     total_timesteps: int = 1_250_000
     """environment steps of all copies together; in one step all agents act"""
     num_envs: int = 32
-    """copies of the environment that play at the same time, batch_size of line 4"""
+    """parallel copies of the environment, batch_size of line 4"""
     num_steps: int = 25
     """steps of each copy in a rollout, T of line 6"""
     chunk_length: int = 25
@@ -98,9 +98,9 @@ class Args:
     num_minibatches: int = 1
     """minibatches per epoch, K of line 15"""
     gamma: float = 0.95
-    """discount factor, γ of GAE in line 12"""
+    """discount factor, γ of line 12"""
     lam: float = 0.95
-    """λ of GAE in line 12"""
+    """λ of GAE, line 12"""
     epsilon: float = 0.2
     """clip range, ε of lines 18 and 19; for V in standard deviations of the rewards-to-go"""
     entropy_coef: float = 0.01
@@ -119,7 +119,7 @@ class Args:
     """one policy and one value function for all agents, instead of one for each agent"""
 
     seed: int = 1
-    """seed of the networks, the actions, the batches and the environments"""
+    """seed of the networks, the actions, the minibatches and the environments"""
     device: str = "auto"
     """auto, cpu or cuda; auto is cuda if there is a GPU"""
     num_threads: int = 1
@@ -131,7 +131,7 @@ class Args:
     eval_every: int = 50_000
     """environment steps between evaluations; 0 evaluates at the end only"""
     eval_episodes: int = 100
-    """episodes of the team without exploration in an evaluation"""
+    """episodes per evaluation, with the most likely actions"""
     checkpoint_every: int = 100_000
     """environment steps between checkpoints; 0 saves at the end only"""
     resume: str = ""
@@ -141,7 +141,7 @@ class Args:
 
 
 def orthogonal(layer: nn.Module, gain: float = 1.0) -> nn.Module:
-    """The layer, its weights orthogonal and its biases 0."""
+    """Initialise the layer with orthogonal weights and biases 0; returns it."""
     for name, parameter in layer.named_parameters():
         nn.init.zeros_(parameter) if "bias" in name else nn.init.orthogonal_(parameter, gain)
     return layer
@@ -207,7 +207,7 @@ class Policy(nn.Module):
         return Normal(y, self.log_std.exp().expand_as(y), validate_args=False), h
 
     def joint(self, x, mask):
-        """Log-probability or entropy of an action from those of the numbers that make it up, if it is continuous."""
+        """Log-probability or entropy of an action, the sum of its components' if it is continuous."""
         return x if self.log_std is None else (x * mask).sum(-1)
 
     def to_env(self, u) -> np.ndarray:
@@ -215,7 +215,7 @@ class Policy(nn.Module):
 
 
 class PopArt(nn.Module):
-    """Mean and standard deviation of the rewards-to-go; V's last layers follow them, so that V stays the same."""
+    """Mean and standard deviation of the rewards-to-go; V's last layers are rescaled to preserve its outputs."""
 
     def __init__(self, beta: float = 0.99999):
         super().__init__()
@@ -287,7 +287,7 @@ class MAPPO:
 
     @torch.inference_mode()
     def values(self, o, s, alive, h):
-        """v (E, n), not normalised, and h_V; the dead have the mean of the living."""
+        """v (E, n), not normalised, and h_V; dead agents have the mean of the living ones."""
         v, h = self.value(self.value_input(o, s)[None], h)  # line 9
         v = self.popart.denormalise(v[0].squeeze(-1))
         of_living = (v * alive).sum(-1, keepdim=True) / alive.sum(-1, keepdim=True).clamp(min=1)
@@ -326,7 +326,7 @@ class MAPPO:
         return mean_of(torch.max(*errors), b["weight"])  # line 19
 
     def loss(self, b: dict):
-        """L(θ) + L(φ), of which either concerns one network only; and what is to be logged."""
+        """L(θ) + L(φ), each of which concerns one network only; and the scalars to log."""
         (policy_loss, parts), value_loss = self.policy_loss(b), self.value_loss(b)
         return policy_loss + value_loss, torch.cat([parts, value_loss.detach()[None]])
 

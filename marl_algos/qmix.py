@@ -31,9 +31,9 @@ Beyond the pictures: the agent's index i in line 5, as the agents share θ, and 
 |W1| and |W2|, both as in the authors' later code; with one layer simple_spread is learnt more slowly. Beyond the paper:
 Adam instead of RMSprop, with a learning rate that is annealed linearly to 0; λ-returns (line 14, from pymarl2; λ = 0 is
 the paper's target); γ = 0.9; LayerNorm of s before the hypernetworks, because Q_tot may diverge where states are
-unbounded (`--no-normalize-state` leaves it out). Several copies of the environment play at once, and `updates` updates
-follow for each of their episodes. The team's reward is the mean or the sum of the agents' rewards. A dead agent enters
-the mixer as 0. A time limit is not a terminal state: line 14 still bootstraps.
+unbounded (`--no-normalize-state` leaves it out). Several copies of the environment run in parallel, and `updates`
+updates follow each of their episodes. The team's reward is the mean or the sum of the agents' rewards. The Q_i of dead
+agents enter the mixer as 0. A time limit is not a terminal state: line 14 still bootstraps.
 
 Result  simple_spread: to be measured
 """
@@ -79,11 +79,11 @@ class Args:
     reward_mode: Literal["mean", "sum"] = "mean"
     """r of line 7, the mean or the sum of the agents' rewards"""
     max_episode_steps: int = 1_000
-    """steps after which an episode is cut, as by a time limit"""
+    """steps after which an episode is truncated"""
     total_timesteps: int = 500_000
     """environment steps of all copies together; in one step all agents act"""
     num_envs: int = 8
-    """copies of the environment that play at the same time"""
+    """parallel copies of the environment"""
     updates: int = 2
     """updates per episode"""
     gamma: float = 0.9
@@ -95,7 +95,7 @@ class Args:
     anneal: bool = True
     """anneal the learning rate linearly to 0"""
     recurrent: bool = True
-    """whether the agents' network has the GRU of line 5, or a linear layer without memory in its place"""
+    """whether the agents' network has the GRU of line 5; if not, it has a linear layer in its place"""
     hidden_dim: int = 64
     """width of the agents' network, GRU included, and of the hypernetworks' hidden layers"""
     mixing_dim: int = 32
@@ -103,17 +103,17 @@ class Args:
     normalize_state: bool = True
     """apply LayerNorm to s before the hypernetworks"""
     buffer_size: int = 5_000
-    """episodes that the replay D holds"""
+    """capacity of the replay buffer D, in episodes"""
     batch_size: int = 32
     """episodes in the batch of one update, line 9"""
     target_every: int = 100
-    """updates between two copies of the networks to the targets, line 16"""
+    """updates between copies of θ and ψ to θ⁻ and ψ⁻, line 16"""
     epsilon_start: float = 1.0
     """probability of a uniformly random legal action at the first step, ε of line 6"""
     epsilon_end: float = 0.05
-    """the same after `epsilon_steps`"""
+    """probability of a uniformly random legal action from step epsilon_steps on"""
     epsilon_steps: int = 50_000
-    """environment steps in which ε falls linearly from `epsilon_start` to `epsilon_end`"""
+    """environment steps over which ε is annealed linearly"""
 
     seed: int = 1
     """seed of the networks, the exploration, the batches and the environments"""
@@ -128,7 +128,7 @@ class Args:
     eval_every: int = 25_000
     """environment steps between evaluations; 0 evaluates at the end only"""
     eval_episodes: int = 100
-    """episodes of the greedy team in an evaluation"""
+    """episodes per evaluation, with the greedy policy"""
     checkpoint_every: int = 100_000
     """environment steps between checkpoints; 0 saves at the end only"""
     resume: str = ""
@@ -154,7 +154,7 @@ class AgentNet(nn.Module):
 
 
 class Mixer(nn.Module):
-    """Q_tot (...): q (..., n) and s (..., state_dim), mixed so that ∂Q_tot/∂Q_i ≥ 0 whatever s is."""
+    """q (..., n), s (..., state_dim) -> Q_tot (...), mixed so that ∂Q_tot/∂Q_i ≥ 0 for every s."""
 
     def __init__(self, n: int, state_dim: int, hidden_dim: int, mixing_dim: int, normalize_state: bool):
         super().__init__()
@@ -190,8 +190,7 @@ class QMIX:
 
     def inputs(self, obs, last_action):
         """[o_i, last action of i, i] (..., n, input_dim): obs (..., n, obs_dim), last_action (..., n), -1 for none."""
-        identity = self.identity.expand(*obs.shape[:-1], self.n)
-        return torch.cat([obs, self.one_hot[last_action], identity], dim=-1)
+        return torch.cat([obs, self.one_hot[last_action], self.identity.expand(*obs.shape[:-1], self.n)], dim=-1)
 
     @torch.inference_mode()
     def act(self, team, memory=None, explore: bool = True):
@@ -244,7 +243,7 @@ def lambda_return(reward, terminated, value_next, real, gamma: float, lam: float
 
 
 def play(team, agent: QMIX) -> dict[str, np.ndarray]:
-    """One episode in every copy: arrays (E, T, ...), those that a next step needs (E, T+1, ...); T of the longest."""
+    """One episode per copy: arrays (E, T, ...), or (E, T+1, ...) if a last step has a next; T of the longest."""
     team.reset()  # line 3
     memory, steps = None, []
     while not team.done.all():  # line 4
@@ -275,8 +274,7 @@ def train(args: Args) -> dict:
     update = torch.compile(agent.update, mode="reduce-overhead") if args.compile else agent.update
 
     def evaluation(film: Path | None = None) -> list[float]:
-        fresh = Team(args, min(args.num_envs, args.eval_episodes))
-        return evaluate_team(agent.act, fresh, args.eval_episodes, film)
+        return evaluate_team(agent.act, Team(args, min(args.num_envs, args.eval_episodes)), args.eval_episodes, film)
 
     with Run(args, replay=replay, **parts_of(agent)) as run:
         team.seed(args.seed + run.step)
