@@ -1,4 +1,4 @@
-"""The files of benchmark/results/: one CSV per seed, notes on the run above its evaluations (step, mean return)."""
+"""The files of benchmark/results/: one CSV per seed, with notes on the run and its evaluations (step, mean return)."""
 
 import csv
 import os
@@ -17,22 +17,22 @@ def path_of(task: Task, seed: int) -> Path:
 
 
 def paths_of(task: Task) -> list[Path]:
-    """The files of all seeds that there are, in the order of the seeds."""
+    """The files of all existing seeds, in the order of the seeds."""
     return sorted((RESULTS / task.name).glob("seed*.csv"), key=lambda path: int(path.stem[4:]))
 
 
 def command_of(task: Task, seed: int | str) -> str:
-    """The command that measures a seed, as its file notes it."""
+    """The command that measures a seed, in the form that its file holds."""
     return " ".join(["python", task.script, *([task.args] if task.args else []), "--seed", str(seed)])
 
 
 def is_outdated(notes: dict[str, str], task: Task, seed: int | str) -> bool:
-    """Was the file measured with another command than the task has now?"""
+    """Whether the file was measured with another command than the task's present one."""
     return notes["command"].split() != command_of(task, seed).split()
 
 
 def read(path: Path) -> tuple[dict[str, str], np.ndarray]:
-    """The notes (command, commit, state, …) and the points (points, 2). A file that cannot be read is named."""
+    """The notes (command, commit, state, …) and the points (points, 2). The error for an unreadable file names it."""
     try:
         lines = path.read_text().splitlines()
         notes = dict(line[2:].split(": ", 1) for line in lines if line.startswith("# "))
@@ -58,7 +58,7 @@ def write(path: Path, notes: dict[str, str], points: dict[int, float]):
 
 
 class replacing:
-    """A file that is written aside and renamed when it is whole, so that nobody ever reads half of it."""
+    """A file that is written under a temporary name and renamed when complete, so that no partial file is read."""
 
     def __init__(self, path: Path):
         self.path = path

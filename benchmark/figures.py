@@ -5,7 +5,7 @@
     python benchmark/figures.py all                      draw every figure; takes about ten minutes
 
 The numbers are those of Sutton & Barto (2018), "Reinforcement Learning: An Introduction", second edition.
-A figure is a function below that takes no argument and returns a matplotlib Figure; its name is the name to type.
+A figure is a function below that takes no argument and returns a matplotlib Figure; its name is the argument to pass.
 """
 
 import math
@@ -58,7 +58,7 @@ def plot_smoothed(axes, curve: np.ndarray, window: int, **style):
 
 
 class GradientWithoutBaseline(bandits.Gradient):
-    """The gradient bandit with R̄ = 0: its average takes steps of size 1/t = 0."""
+    """The gradient bandit without a baseline: with t = ∞, line G3 leaves R̄ = 0."""
 
     def update(self, a, r, t):
         super().update(a, r, math.inf)
@@ -318,7 +318,7 @@ def left_actions(double: bool, episodes: int = 300, runs: int = 10_000, seed: in
 
 
 def maximization_bias() -> Figure:
-    """Figure 6.5 and pics/double_3.png: Q-learning over-estimates a state with noisy rewards, double Q-learning not."""
+    """Figure 6.5 and pics/double_3.png: the maximisation bias of Q-learning, which double Q-learning avoids."""
     figure, axes = plt.subplots(figsize=(6.5, 4), layout="constrained")
     for name, double, color in (("Q-learning", False, "tab:red"), ("Double Q-learning", True, "tab:green")):
         axes.plot(np.arange(1, 301), 100 * left_actions(double), color=color, label=name)
@@ -574,7 +574,7 @@ def q_tot_tables(agent: qmix.QMIX, game) -> list[tuple[list, np.ndarray, np.ndar
 
 
 def learn_matrix_game(settings: list[str], folder: Path) -> tuple[float, list]:
-    """Train QMIX with these words of its command line in `folder`; its return and `q_tot_tables`."""
+    """Train QMIX with these arguments of its command line in `folder`; its return and `q_tot_tables`."""
     words = ["--env-id", "envs.matrix_games", "--eval-every", "0", "--eval-episodes", "1", *settings]
     args = tyro.cli(qmix.Args, args=[*words, "--device", "cpu", "--run-dir", str(folder)])
     value = qmix.train(args)["return"]

@@ -4,7 +4,7 @@
 
 A seed's score is the mean of its last evaluations (three, unless its task says otherwise). From 5 seeds on, the mean
 over seeds is the interquartile mean, with the 95 % interval of a bootstrap over seeds (2000 resamples); below 5 seeds
-it is the mean, with the least and the greatest. What failed, is unfinished or was not run is in the tables as such.
+it is the mean, with the least and the greatest. Tasks that failed, are unfinished or were not run are marked so.
 """
 
 import json
@@ -28,7 +28,7 @@ MANY = 5  # seeds, from which on the interquartile mean and a bootstrap interval
 
 @dataclass
 class Args:
-    """There is nothing to set."""
+    """There are no settings."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -53,12 +53,12 @@ def centre(values: np.ndarray) -> np.ndarray:
 
 
 def band(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What is shown around the mean: the 95 % interval, below 5 seeds the least and the greatest."""
+    """The band around the mean: the 95 % interval, or below 5 seeds the least and the greatest."""
     return interval(values) if values.shape[-1] >= MANY else (values.min(axis=-1), values.max(axis=-1))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What a task's curves say
+# The outcome of a task
 
 
 def number(x: float) -> str:
@@ -82,7 +82,7 @@ def duration(seconds: float) -> str:
 
 
 def summary(scores: np.ndarray) -> str:
-    """mean [95 % interval] (least to greatest); what would only repeat the mean is left out."""
+    """mean [95 % interval] (least to greatest); parts that would only repeat the mean are left out."""
     mean, least, greatest = (number(x) for x in (centre(scores), scores.min(), scores.max()))
     low, high = map(number, band(scores))
     text = f"{mean} [{low}, {high}]" if len(scores) >= MANY and low != high else mean
@@ -91,7 +91,7 @@ def summary(scores: np.ndarray) -> str:
 
 @dataclass
 class Outcome:
-    """What a task's curves say."""
+    """The outcome of a task, from its curves."""
 
     task: Task
     curves: list[np.ndarray] = field(default_factory=list)
@@ -172,7 +172,7 @@ def panel(axes, out: Outcome, small: bool = False):
 
 
 def has_curve(out: Outcome) -> bool:
-    """Two points are no curve."""
+    """Whether a curve has at least three points."""
     return any(len(curve) >= 3 for curve in out.curves)
 
 

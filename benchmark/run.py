@@ -1,15 +1,15 @@
-"""Run what the benchmark still lacks, and keep the curves of evaluation points.
+"""Run the tasks of the benchmark that have no finished result yet, and store their evaluation curves.
 
     python benchmark/run.py                    every task of benchmark/tasks.py, two processes at a time
     python benchmark/run.py td3 --seeds 1      the tasks of td3.py, the first seed only
-    python benchmark/run.py dqn__Cart          the tasks whose names begin with dqn__Cart
-    python benchmark/run.py td3 --again        measure the tasks of td3.py anew and replace their results
+    python benchmark/run.py dqn__Cart          the tasks whose names start with dqn__Cart
+    python benchmark/run.py td3 --again        repeat the tasks of td3.py and replace their results
     python benchmark/run.py --address auto     on a Ray cluster; ray://host:10001 for a remote one
-    python benchmark/run.py --harvest          run nothing, only write the curves of the runs that are there
+    python benchmark/run.py --harvest          run nothing, only write the curves of the existing runs
 
 A seed whose file in benchmark/results/ says that it is finished is not run. A run has its folder in
 runs/benchmark/<task>/; if it is killed, the same command (without --again) continues it from its checkpoint. Its curve
-goes to benchmark/results/<task>/seed<seed>.csv. Several runners may work at the same time and share the runs.
+goes to benchmark/results/<task>/seed<seed>.csv. Several runners may work at the same time: each run is done by one.
 """
 
 import contextlib
@@ -39,17 +39,17 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 @dataclass
 class Args:
     names: tyro.conf.Positional[list[str]] = field(default_factory=list)
-    """names of scripts or tasks, or how names of tasks begin; all tasks if none is given"""
+    """names of scripts or tasks, or prefixes of tasks' names; all tasks if none is given"""
     seeds: int = 0
     """only seeds 1 to N; 0 for as many as each task asks for"""
     jobs: int = 2
-    """processes at a time on this machine; each computes with one thread"""
+    """parallel processes on this machine, each with one thread"""
     again: bool = False
-    """start anew what is finished or was begun, and replace its result when the new one is finished"""
+    """restart runs that are finished or unfinished, and replace their results when the new ones are finished"""
     address: str = ""
     """a Ray cluster to run on: auto, or ray://host:10001; its machines must see this folder under the same path"""
     harvest: bool = False
-    """run nothing, only write the curves of the runs that are there, finished or not"""
+    """run nothing, only write the curves of the existing runs, finished or not"""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Job:
 
     @property
     def origin(self) -> Path:
-        """Command and commit of the run, noted when it begins, so that neither changes later."""
+        """Command and commit of the run, stored when it starts, so that neither changes later."""
         return self.folder / "origin.json"
 
     def __str__(self):
@@ -82,7 +82,7 @@ def run_folder(task: Task, seed: int) -> Path:
 
 
 def read_json(path: Path) -> dict:
-    """What a JSON file holds, nothing if there is none. A file that cannot be read is named."""
+    """The content of a JSON file, empty if there is none. The error for an unreadable file names it."""
     try:
         found = json.loads(path.read_text()) if path.exists() else {}
         if not isinstance(found, dict):
@@ -97,11 +97,11 @@ def write_json(path: Path, content: dict):
         json.dump(content, file, indent=1)
 
 
-# What there is to do
+# The runs to do
 
 
 def chosen(names: list[str]) -> list[Task]:
-    """The tasks that the names mean: of the script or the task with exactly this name, else those that begin so."""
+    """The tasks of these names: of the script or the task with exactly this name, else those with this prefix."""
     found = []
     for name in names:
         exact = [task for task in TASKS if name in (task.name, task.name.split("__")[0])]
@@ -130,7 +130,7 @@ def stays(job: Job) -> bool:
 
 
 def seconds_of(task: Task) -> float | None:
-    """About how long a seed takes: the median of the finished ones, else what the task says; None if neither does."""
+    """Estimated duration of a seed: the median of the finished ones, else the task's estimate; None without either."""
     known = []
     for path in curves.paths_of(task):
         with contextlib.suppress(ValueError):
@@ -150,7 +150,7 @@ def counted(count: int, what: str) -> str:
 
 
 def announce(jobs: list[Job], kept: list[Job], args: Args):
-    """Print what will run, for about how long, and what stays as it is."""
+    """Print what will run, its estimated duration, and which results are kept."""
     for task in dict.fromkeys(job.task for job in jobs):
         seeds = ", ".join(str(job.seed) for job in jobs if job.task == task)
         seconds = seconds_of(task)
@@ -215,7 +215,7 @@ def begin(job: Job) -> list[str]:
 
 
 # Starts a script and ends it with SIGTERM, on which it saves a checkpoint, as soon as standard input is closed: by the
-# runner, or because the runner has died, of whatever cause.
+# runner, or because the runner has ended for any reason.
 SUPERVISOR = """
 import os, subprocess, sys, threading
 script = subprocess.Popen([sys.executable, *sys.argv[1:]], stdin=subprocess.DEVNULL)
@@ -308,7 +308,7 @@ def harvest(job: Job) -> bool:
 
 
 def work(job: Job) -> tuple[bool, str]:
-    """Run and harvest; returns whether that went well, and a line that says so. An error ends this run alone."""
+    """Run and harvest; returns whether that succeeded, and a line that says so. An error ends this run alone."""
     try:
         with lock_of(job) as lock:
             if children.stopped:
@@ -342,7 +342,7 @@ def require(condition, message: str):
 
 
 def on_this_machine(jobs: list[Job], processes: int, tell):
-    """Tell what `work` returns for each job. Ctrl-C and SIGTERM end the processes, which save checkpoints."""
+    """Print what `work` returns for each job. Ctrl-C and SIGTERM end the processes, which save checkpoints."""
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with ThreadPoolExecutor(processes) as pool:
         try:

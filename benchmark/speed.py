@@ -1,13 +1,13 @@
-"""Steps per second of a script beside installed peers on the same work, one thread, by CPU time.
+"""Compare the steps per CPU second of a script with those of other libraries, on the same work with one thread.
 
     python benchmark/speed.py                                     every comparison, three rounds
     python benchmark/speed.py td3 --cleanrl ~/cleanrl             one of them, CleanRL's script too, from its checkout
     python benchmark/speed.py qmix mappo --epymarl ~/epymarl      beside EPyMARL, from its checkout; pip install sacred
-    pip install stable-baselines3==2.9.2                          lets Stable-Baselines3 take part
+    pip install stable-baselines3==2.9.2                          needed to include Stable-Baselines3
 
-Contenders run in turn, each in a process of its own, so that a machine that slows down slows all of them; the figure is
-the median over the rounds, and what counts is the ratio. Imports, evaluation and compilation are left out. Writes
-benchmark/results/speed.json.
+Contenders run in turn, each in its own process, so that a slower machine affects all of them; the figure is the median
+over the rounds, and the ratio is what matters. Imports, evaluation and compilation are not measured. The results are
+written to benchmark/results/speed.json.
 """
 
 import contextlib
@@ -140,15 +140,15 @@ COMPARISONS = {
 @dataclass
 class Args:
     names: tyro.conf.Positional[list[str]] = field(default_factory=list)
-    """comparisons whose names begin with one of these; all if none is given"""
+    """prefixes of the names of the comparisons to run; all if none is given"""
     rounds: int = 3
-    """how often each contender runs"""
+    """number of runs of each contender"""
     cleanrl: str = ""
     """a checkout of CleanRL; without it CleanRL is left out"""
     epymarl: str = ""
     """a checkout of EPyMARL; without it EPyMARL is left out"""
     measure: str = ""
-    """used between processes: the contender to run once"""
+    """internal: the contender to run once in this process"""
 
 
 def measure_ours(comparison: Comparison, folder: Path = Path("run")) -> float:

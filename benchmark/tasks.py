@@ -25,17 +25,17 @@ class Task:
     seeds: int = 3
     """seeds 1, 2, …"""
     evaluations: int = 3
-    """a seed's score is the mean return of its last so many evaluations"""
+    """number of the last evaluations whose mean return is a seed's score"""
     unit: str = "per episode"
-    """what the return is counted by: per episode, per agent, per team, …"""
+    """unit of the return: per episode, per agent, per team, …"""
     record: bool = False
     """not a task but a record of how far a run came: the published figure cannot be reached within its budget"""
     note: str = ""
     """a sentence for the reader of the results; of a record, why it is one"""
     lowest: float | None = None
-    """curves show a lower return, e.g. of a greedy policy that walks in circles, as this one; None: all as they are"""
+    """lowest return that curves show, e.g. where a greedy policy never reaches the goal; None: no limit"""
     minutes: float = 0.0
-    """about how long a seed takes on one core; only for tasks without a finished result, which tells it better"""
+    """estimated duration of a seed on one core, used until there is a finished result"""
 
 
 TASKS = [  # the first task of a script is the one that README shows

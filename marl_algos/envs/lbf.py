@@ -3,7 +3,7 @@
     python marl_algos/qmix.py --env-id envs.lbf --env-kwargs '{"task": "Foraging-8x8-2p-2f-coop-v3"}' --reward-mode sum
 
 A player's reward is its share of the food; all shares of an episode sum to at most 1. lbforaging calls its step limit a
-termination: here it is a truncation. All six actions are legal: what is impossible does nothing.
+termination: here it is a truncation. All six actions are legal: an impossible one has no effect.
 """
 
 import numpy as np

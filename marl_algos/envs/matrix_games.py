@@ -1,13 +1,13 @@
-"""Matrix games of the papers, and any other, as PettingZoo Parallel environments: a common reward, terminal ends.
+"""Matrix games, the papers' and any other, as PettingZoo Parallel environments with a common reward.
 
     python marl_algos/qmix.py --env-id envs.matrix_games --env-kwargs '{"game": "two_step"}' --epsilon-end 1.0
 
-climbing  Claus & Boutilier, 1998, 25 rounds: 11 a round is best, -30 punishes whoever tries alone, 5 is safe
-penalty   the same paper, 25 rounds: two corners pay 10, a missed meeting k = -100, the middle 2
+climbing  Claus & Boutilier, 1998, 25 rounds: 11 per round is best, -30 if only one agent tries it, 5 is safe
+penalty   the same paper, 25 rounds: two corners pay 10, the other two k = -100, the middle 2
 qtran     Son et al., 2019, one round: 8 if both choose A, -12 if only one does, else 0
-two_step  Rashid et al., 2018: agent 0's first action chooses the second game, 7 whatever, or [[0, 1], [1, 8]]
+two_step  Rashid et al., 2018: agent 0's first action chooses the second game, always 7, or [[0, 1], [1, 8]]
 m_step    Mahajan et al., 2019: repeating (0, 0) or (1, 1) pays 1 a step, the last of (0, 0) up to 4; m = 10: 13 at best
-payoff    instead of a game: any nested list, as deep as there are agents; `rounds` says how often it is played
+payoff    instead of a game: any nested list, as deep as there are agents, played `rounds` times
 """
 
 import numpy as np
@@ -30,7 +30,7 @@ def parallel_env(game: str = "climbing", payoff=None, rounds: int | None = None,
 
 
 def repeat(payoff, rounds: int):
-    """The same table `rounds` times; the agents see which part of the rounds is still to come."""
+    """The same table `rounds` times; the agents observe the fraction of the rounds that remains."""
     payoffs = np.stack([np.asarray(payoff, float)] * rounds)
     after = np.arange(1, rounds + 1).reshape(-1, *[1] * (payoffs.ndim - 1)) + np.zeros_like(payoffs, int)
     return payoffs, np.where(after == rounds, -1, after), 1 - np.arange(rounds)[:, None] / rounds

@@ -2,8 +2,8 @@
 
     python marl_algos/qmix.py --env-id envs.smac --env-kwargs '{"map_name": "2s3z"}'
 
-A unit that dies leaves `agents`; every living one receives the battle's reward, at most 20 in an episode. What is legal
-is in the infos; 0 is the no-op of the dead. The end of the battle terminates, the map's step limit truncates.
+A unit that dies leaves `agents`; every living one receives the battle's reward, at most 20 in an episode. The infos
+have the legal actions; 0 is the no-op of the dead. A battle's end is a termination, the map's step limit a truncation.
 PyPI's `smac` is another package; SMAC also needs the game itself: https://github.com/oxwhirl/smac
 """
 
@@ -13,7 +13,7 @@ from pettingzoo import ParallelEnv
 
 
 class Battle(ParallelEnv):
-    """What smac and smaclite share. `env` has n_agents, n_actions, get_obs, get_state and get_avail_actions."""
+    """What smac and smaclite have in common. `env` has n_agents, n_actions, get_obs, get_state, get_avail_actions."""
 
     def __init__(self, env, obs_size: int, state_size: int, render_mode=None):
         self.env, self.render_mode, self.agents = env, render_mode, []
@@ -40,7 +40,7 @@ class Battle(ParallelEnv):
         raise NotImplementedError
 
     def look(self, agents):
-        """Observations and infos of these agents, and which of them live."""
+        """Observations and infos of these agents, and those of them that are alive."""
         obs, legal = self.env.get_obs(), [np.asarray(mask, np.int8) for mask in self.env.get_avail_actions()]
         index = {agent: self.possible_agents.index(agent) for agent in agents}
         seen = {agent: np.asarray(obs[i], np.float32) for agent, i in index.items()}
@@ -78,13 +78,13 @@ class parallel_env(Battle):
         except ImportError as error:
             url = "git+https://github.com/oxwhirl/smac.git"
             raise ImportError(f"envs.smac needs SMAC and StarCraft II: pip install {url}") from error
-        env = StarCraft2Env(map_name=map_name, continuing_episode=True, **kwargs)  # so that it tells a time limit
+        env = StarCraft2Env(map_name=map_name, continuing_episode=True, **kwargs)  # so that it reports time limits
         sizes = env.get_env_info()
         super().__init__(env, sizes["obs_shape"], sizes["state_shape"], render_mode)
 
     def begin(self, seed):
         if seed is not None:
-            self.env._seed = seed  # heeded when the game is launched, which the first reset does
+            self.env._seed = seed  # used when the first reset launches the game
         self.env.reset()
 
     def play(self, actions):

@@ -1,4 +1,4 @@
-"""SMAClite, SMAC without StarCraft, as a PettingZoo Parallel environment: see smac.py, which says what the agents get.
+"""SMAClite, SMAC without StarCraft, as a PettingZoo Parallel environment: see smac.py for what the agents receive.
 
     python marl_algos/qmix.py --env-id envs.smaclite --env-kwargs '{"map_name": "2s3z"}'
 

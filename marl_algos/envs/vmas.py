@@ -22,7 +22,7 @@ except ImportError as error:
 
 
 def modern(space):
-    """VMAS's spaces are of the old gym."""
+    """A space of VMAS, which has those of the old gym, as one of gymnasium."""
     return Discrete(int(space.n)) if hasattr(space, "n") else Box(space.low, space.high, space.shape, np.float32)
 
 
