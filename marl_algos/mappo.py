@@ -171,8 +171,7 @@ class Net(nn.Module):
 
 
 class AgentNets(nn.Module):
-    """x (L, C, n, inputs), h (C, n, memory) -> (L, C, n, outputs), last h, by one Net for all agents, which sees the
-    agent's index as a one-hot, or by one Net for each."""
+    """x (L, C, n, inputs), h (C, n, memory) -> (L, C, n, outputs), last h, of one Net for all agents or one each."""
 
     def __init__(self, n: int, inputs: int, outputs: int, gain: float, args: Args):
         super().__init__()
@@ -307,16 +306,17 @@ class MAPPO:
         return {"advantage": advantage, "old_v": self.popart.normalise(v), "r_to_go": self.popart.normalise(r_to_go)}
 
     def policy_loss(self, b: dict):
-        """L(θ), and its parts. In b, h_… (C, n, memory), others (L, C, n, ...); weight 0 for padding and the dead."""
+        """L(θ), and what is logged. In b, h_… (C, n, memory), others (L, C, n, ...); padding, dead agents: weight 0."""
         p, _ = self.policy(b["o"], b["mask"], b["h_pi"])  # line 17
         log_ratio = self.policy.joint(p.log_prob(b["u"]), b["mask"]) - b["log_prob"]
         ratio, eps = log_ratio.exp(), self.args.epsilon  # ρ (L, C, n), ε
         gain = torch.min(ratio * b["advantage"], ratio.clamp(1 - eps, 1 + eps) * b["advantage"])
         policy_loss = -mean_of(gain, b["weight"])
         entropy = mean_of(self.policy.joint(p.entropy(), b["mask"]), b["weight"])
-        kl, clipped = mean_of(ratio - 1 - log_ratio, b["weight"]), mean_of((ratio - 1).abs() > eps, b["weight"])
-        parts = torch.stack([policy_loss, entropy, kl, clipped]).detach()
-        return policy_loss - self.args.entropy_coef * entropy, parts  # line 18
+        logs = {"losses/policy": policy_loss, "charts/entropy": entropy}
+        logs["charts/kl"] = mean_of(ratio - 1 - log_ratio, b["weight"])
+        logs["charts/clip_fraction"] = mean_of((ratio - 1).abs() > eps, b["weight"])
+        return policy_loss - self.args.entropy_coef * entropy, logs  # line 18
 
     def value_loss(self, b: dict):
         """L(φ)."""
@@ -326,19 +326,19 @@ class MAPPO:
         return mean_of(torch.max(*errors), b["weight"])  # line 19
 
     def loss(self, b: dict):
-        """L(θ) + L(φ), each of which concerns one network only; and the scalars to log."""
-        (policy_loss, parts), value_loss = self.policy_loss(b), self.value_loss(b)
-        return policy_loss + value_loss, torch.cat([parts, value_loss.detach()[None]])
+        """L(θ) + L(φ), each of which concerns one network only, and what is logged."""
+        (policy_loss, logs), value_loss = self.policy_loss(b), self.value_loss(b)
+        return policy_loss + value_loss, logs | {"losses/value": value_loss}
 
     def update(self, b: dict):
         """An Adam step of both networks."""
-        loss, parts = self.loss(b)
+        loss, logs = self.loss(b)
         self.optimizer.zero_grad()
         loss.backward()
         for net in (self.policy, self.value):
             nn.utils.clip_grad_norm_(net.parameters(), 10.0)
         self.optimizer.step()  # line 20
-        return parts.clone()  # a CUDA graph reuses its outputs
+        return {name: value.detach().clone() for name, value in logs.items()}  # a CUDA graph reuses its outputs
 
 
 def train(args: Args) -> dict:
@@ -346,8 +346,7 @@ def train(args: Args) -> dict:
     T, E, L = args.num_steps, args.num_envs, args.chunk_length if args.recurrent else 1
     counts = "num_envs num_steps chunk_length update_epochs hidden_dim max_episode_steps".split()
     check(args, **dict.fromkeys(counts, (1, math.inf)), gamma=(0, 1), lam=(0, 1), epsilon=(0, 1))
-    check(args, learning_rate=(0, math.inf), entropy_coef=(0, math.inf))
-    check(args, num_minibatches=(1, math.ceil(T / L) * E))
+    check(args, learning_rate=(0, math.inf), entropy_coef=(0, math.inf), num_minibatches=(1, math.ceil(T / L) * E))
     team = Team(args, E)
     print(team)
     device = set_up_torch(args)
@@ -386,8 +385,7 @@ def train(args: Args) -> dict:
             run.advance(T * E)
             for _ in range(args.update_epochs):  # line 15
                 for b in D.minibatches(L, args.num_minibatches):  # lines 14, 16
-                    names = ("losses/policy", "charts/entropy", "charts/kl", "charts/clip_fraction", "losses/value")
-                    run.log(dict(zip(names, agent.update(b))))  # lines 17-20
+                    run.log(agent.update(b))  # lines 17-20
             run.evaluate_and_save(evaluation)
         return run.finish(evaluation)
 
