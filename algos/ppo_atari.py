@@ -439,7 +439,7 @@ class TrainingGames(gym.vector.VectorWrapper):
     def step(self, actions):
         obs, r, terminated, truncated, info = self.env.step(actions)
         self.episode = {"r": self.episode["r"] + r, "l": self.episode["l"] + 1}
-        over = truncated | (info["episode_frame_number"] < self.frame)  # otherwise the game goes on
+        over = truncated | (info["episode_frame_number"] < self.frame)  # otherwise the game continues
         self.frame = info["episode_frame_number"]
         answer = {"final_info": {"episode": self.episode | {"_r": over}}}
         if "final_obs" in info:

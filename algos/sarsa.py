@@ -27,7 +27,7 @@ would otherwise all take the same action; a time limit ends an episode without m
 bootstraps from it. The slides decay ε from episode to episode: --epsilon 1 --epsilon-decay 1 makes it 1, 1/2, 1/3, …
 The picture says Q ≈ q*, the slides q_π: it is q_π of the policy that explores, and q* only if ε decays to 0.
 
-Result  CliffWalking-v1, first command: -15, -15, -17, -15, -15 (seeds 1-5), the safe path; Q-learning takes the
+Result  CliffWalking-v1, first command: -15, -15, -17, -15, -15 (seeds 1-5), the safe path; Q-learning finds the
         shortest one. WindyGrid-v0, second command: -15, the shortest path, in 5 of 5 seeds. Figures of the book:
         benchmark/figures/windy_grid.png and cliff_walking.png
 """

@@ -173,7 +173,7 @@ def measure_ours(comparison: Comparison, folder: Path = Path("run")) -> float:
 
 
 def measure_cleanrl(comparison: Comparison, checkout: str) -> float:
-    """CPU seconds of CleanRL's script, which speaks gymnasium 0.29: final observations get their old name."""
+    """CPU seconds of CleanRL's script, which uses gymnasium 0.29: final observations get their old name."""
     import gymnasium as gym
     import torch
     from torch.utils.tensorboard import SummaryWriter  # noqa: F401  (imported before the clock starts)
@@ -220,7 +220,7 @@ def measure_epymarl(comparison: Comparison, checkout: str) -> float:
     import gymnasium as gym
     import mpe2.simple_spread_v3
 
-    for absent in ("smaclite", "pettingzoo.mpe"):  # it imports the one at once, and knows mpe2 as the other
+    for absent in ("smaclite", "pettingzoo.mpe"):  # it imports smaclite, and mpe2 by its old name
         sys.modules.setdefault(absent, types.ModuleType(absent))
     sys.modules["pettingzoo.mpe.simple_spread_v3"] = mpe2.simple_spread_v3
     sys.path.insert(0, str(Path(checkout) / "src"))

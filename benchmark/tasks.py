@@ -13,7 +13,7 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Task:
     name: str
-    """<script>__<environment, and what tells it from another task>; the name of its folder in results/"""
+    """<script>__<environment, and what distinguishes it from other tasks>; the name of its folder in results/"""
     script: str
     """the script that runs, below the repository's root"""
     args: str
@@ -21,7 +21,7 @@ class Task:
     threshold: float
     """the score to reach; of a record, the published figure"""
     source: str
-    """where the threshold comes from, in words: who reports it, their figure, after how many steps"""
+    """the source of the threshold: who reports it, their figure, after how many steps"""
     seeds: int = 3
     """seeds 1, 2, …"""
     evaluations: int = 3

@@ -34,7 +34,7 @@ and 19 are the paper's losses.
 Beyond the picture: the default leaves out the GRUs of lines 7 and 9 (`--recurrent` has them), as the agents of
 simple_spread have nothing to remember and learn more slowly with them. There are several epochs over each rollout (line
 15), and one backward pass of L(θ) + L(φ), of which each concerns one network only; gradients are clipped to norm 10.
-Episodes go on across rollouts, so h is 0 only where an episode begins, and a chunk ends where its episode does. The
+Episodes continue across rollouts, so h is 0 only where an episode begins, and a chunk ends where its episode does. The
 inputs have the agent's index, because the agents share θ and φ, and LayerNorm; Â is standardised; α is annealed
 linearly to 0. Illegal actions have p = 0; dead agents and padding have weight 0. A time limit is not a terminal state:
 V of the last state is bootstrapped. While a team with a common reward continues without a dead agent, that agent's
@@ -104,9 +104,9 @@ class Args:
     epsilon: float = 0.2
     """clip range, ε of lines 18 and 19; for V in standard deviations of the rewards-to-go"""
     entropy_coef: float = 0.01
-    """weight of the entropy, σ of line 18"""
+    """weight of the entropy bonus in the loss, σ of line 18"""
     learning_rate: float = 7e-4
-    """learning rate of Adam, α of line 1"""
+    """learning rate of Adam at the start, α of line 1"""
     anneal: bool = True
     """anneal the learning rate linearly to 0"""
     hidden_dim: int = 64

@@ -8,7 +8,7 @@ Paper   Rashid et al., 2018; 2020. https://www.jmlr.org/papers/volume21/20-081/2
 Notes   "QMIX (2018)"; pics/qmix_1.png (the networks), qmix_2.png, qmix_3.png (why the weights are absolute), qmix_4.png
 Run     python marl_algos/qmix.py --env-id mpe2.simple_spread_v3
 
-     1  initialise the agents' network θ, the hypernetworks ψ, targets θ⁻ ← θ, ψ⁻ ← ψ, empty replay of episodes D
+     1  initialise the agents' network θ, the hypernetworks ψ, targets θ⁻ ← θ, ψ⁻ ← ψ, empty replay buffer D of episodes
      2  repeat
      3      reset the environment; h_i ← 0
      4      for each time step:
@@ -91,7 +91,7 @@ class Args:
     td_lambda: float = 0.8
     """λ of line 14; 0 for the paper's one-step targets"""
     learning_rate: float = 1e-3
-    """learning rate of Adam"""
+    """learning rate of Adam at the start"""
     anneal: bool = True
     """anneal the learning rate linearly to 0"""
     recurrent: bool = True
