@@ -10,8 +10,8 @@
 Paper   Mnih et al., 2013. https://arxiv.org/abs/1312.5602; the target network: Mnih et al., 2015.
         https://www.nature.com/articles/nature14236
 Notes   "DQN (2013)"; the lines of pics/dqn1.png, numbered; line 14 is added; slides, "Deep Q-Learning Algorithm"
-Run     python algos/dqn_atari.py --env-id MinAtar/Breakout-v1 --total-timesteps 200000 --learning-starts 5000
-            --train-every 1 --target-every 1000 --buffer-size 100000 --epsilon-end 0.1 --epsilon-steps 100000
+Run     python algos/dqn_atari.py --env-id MinAtar/Breakout-v1 --total-timesteps 100000 --learning-starts 5000
+            --train-every 1 --target-every 1000 --buffer-size 100000 --epsilon-end 0.1 --epsilon-steps 50000
 
      1  initialise replay memory D to capacity N
      2  initialise Q(·, ·; θ) with random weights;  θ⁻ ← θ
