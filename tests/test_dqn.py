@@ -466,4 +466,4 @@ def test_max_q_of_the_balanced_pole_is_the_discounted_sum_of_ones(tmp_path):
     dqn.train(args)
     agent = dqn.DQN(4, 2, args, CPU)
     agent.q.load_state_dict(torch.load(tmp_path / "checkpoint.pt", weights_only=True)["q"])
-    assert float(agent.q(torch.zeros(4)).max()) == pytest.approx(100, abs=10)
+    assert agent.q(torch.zeros(4)).max().item() == pytest.approx(100, abs=10)
