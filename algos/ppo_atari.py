@@ -220,7 +220,7 @@ class PPO:
         average_(parameters.grad)
         nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm)
         self.optimizer.step()  # lines 6, 7
-        parts = average_(parts.clone())  # which a CUDA graph reuses
+        parts = average_(parts.clone())  # a CUDA graph reuses its outputs
         return dict(zip(("losses/policy", "losses/value", "charts/entropy"), parts))
 
     @torch.no_grad()
