@@ -239,12 +239,14 @@ def make_env(args, film: Path | None = None) -> gym.Env:
         if args.capture_video:  # a missing package or renderer is reported before training
             importlib.import_module("moviepy")
             env.reset(seed=args.seed)
-            env.render()
+            assert env.render() is not None, "it renders nothing"
         if film:
             env = gym.wrappers.RecordVideo(env, str(film), episode_trigger=lambda episode: episode == 0)
     except Exception as error:  # any error of an environment ends in one line
         problem = f"cannot make {args.env_id} with --env-kwargs {args.env_kwargs}: "
         problem += str(error) or type(error).__name__
+        if isinstance(error, ModuleNotFoundError):
+            problem += f"; is it installed (pip install {error.name})?"
         if isinstance(error, gym.error.UnregisteredEnv):
             problem += " Name the module of other packages, as in minigrid:MiniGrid-Empty-5x5-v0 or my_module:MyEnv-v0;"
             problem += " PettingZoo's environments are for the scripts in marl_algos."
@@ -442,7 +444,7 @@ class Run:
 def is_finite(state) -> bool:
     """Whether all numbers of a state_dict are finite."""
     if isinstance(state, torch.Tensor):
-        return bool(state.isfinite().all())
+        return not state.is_floating_point() or bool(state.isfinite().all())
     inner = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
     return all(map(is_finite, inner))
 

@@ -30,15 +30,14 @@ Run     python marl_algos/mappo.py --env-id mpe2.simple_spread_v3
     20          Adam step on L(θ); Adam step on L(φ)
 
 The picture cuts chunks at l + T and steps Adam after the loop over minibatches; l + L and line 20 are meant. Lines 18
-and 19 are the paper's losses.
-Beyond the picture: the default leaves out the GRUs of lines 7 and 9 (`--recurrent` has them), as the agents of
-simple_spread have nothing to remember and learn more slowly with them. There are several epochs over each rollout (line
-15), and one backward pass of L(θ) + L(φ), of which each concerns one network only; gradients are clipped to norm 10.
-Episodes continue across rollouts, so h is 0 only where an episode begins, and a chunk ends where its episode does. The
-inputs have the agent's index, because the agents share θ and φ, and LayerNorm; Â is standardised; α is annealed
-linearly to 0. Illegal actions have p = 0; dead agents and padding have weight 0. A time limit is not a terminal state:
-V of the last state is bootstrapped. While a team with a common reward continues without a dead agent, that agent's
-value is the mean of the living agents' values.
+and 19 are the paper's losses. Beyond the picture: the default leaves out the GRUs of lines 7 and 9 (`--recurrent` has
+them), as the agents of simple_spread have nothing to remember and learn more slowly with them. There are several epochs
+over each rollout (line 15), and one backward pass of L(θ) + L(φ), each of which concerns one network only; gradients
+are clipped to norm 10. Episodes continue across rollouts, so h is 0 only where an episode begins, and a chunk ends with
+its episode. The inputs have the agent's index, because the agents share θ and φ, and LayerNorm; Â is standardised; α is
+annealed linearly to 0. Illegal actions have p = 0; dead agents and padding have weight 0. A time limit is not a
+terminal state: V of the last state is bootstrapped. While a team with a common reward continues without a dead agent,
+that agent's value is the mean of the living agents' values.
 
 Result  simple_spread: to be measured
 """
@@ -234,8 +233,7 @@ class PopArt(nn.Module):
         for head in heads:
             head.weight.mul_(self.std / std)
             head.bias.copy_((self.std * head.bias + self.mean - mean) / std)
-        self.mean.copy_(mean)
-        self.std.copy_(std)
+        self.mean, self.std = mean.float(), std.float()
 
     def normalise(self, x):
         return (x - self.mean) / self.std
@@ -270,19 +268,18 @@ class MAPPO:
         return torch.cat([s, o], dim=-1) if self.args.value_obs else s
 
     @torch.inference_mode()
-    def sample(self, o, mask, h):
-        """Actions u (E, n) or (E, n, actions), their log-probabilities (E, n) and h_π."""
+    def sample(self, o, mask, h, explore: bool = True):
+        """Actions u (E, n) or (E, n, actions), or the most likely ones; their log-probabilities (E, n); h_π."""
         p, h = self.policy(o[None], mask[None], h)  # line 7
-        u = p.sample()  # line 8
+        u = p.sample() if explore else p.mode  # line 8
         return u[0], self.policy.joint(p.log_prob(u), mask)[0], h
 
-    @torch.inference_mode()
     def act(self, team, h=None, explore: bool = True):
         """Actions in all copies, sampled or the most likely ones, and the memory for the next step."""
         o, _, mask, _ = tensors_of(team, self.device)
         h = torch.zeros(*o.shape[:2], self.policy.agents.memory, device=self.device) if h is None else h
-        p, h = self.policy(o[None], mask[None], h)
-        return self.policy.to_env(p.sample()[0] if explore else p.mode[0]), h
+        u, _, h = self.sample(o, mask, h, explore)
+        return self.policy.to_env(u), h
 
     @torch.inference_mode()
     def values(self, o, s, alive, h):
@@ -344,8 +341,9 @@ class MAPPO:
 def train(args: Args) -> dict:
     """Train, evaluate, and return what <run_dir>/result.json holds."""
     T, E, L = args.num_steps, args.num_envs, args.chunk_length if args.recurrent else 1
-    counts = "num_envs num_steps chunk_length update_epochs hidden_dim max_episode_steps".split()
-    check(args, **dict.fromkeys(counts, (1, math.inf)), gamma=(0, 1), lam=(0, 1), epsilon=(0, 1))
+    positive = (1, math.inf)
+    check(args, num_envs=positive, num_steps=positive, chunk_length=positive, update_epochs=positive)
+    check(args, hidden_dim=positive, max_episode_steps=positive, gamma=(0, 1), lam=(0, 1), epsilon=(0, 1))
     check(args, learning_rate=(0, math.inf), entropy_coef=(0, math.inf), num_minibatches=(1, math.ceil(T / L) * E))
     team = Team(args, E)
     print(team)
@@ -475,8 +473,8 @@ class Team:
         spaces = [spaces[agent] for agent in self.agents]
         self.discrete = all(isinstance(space, gym.spaces.Discrete) for space in spaces)
         boxes = all(isinstance(s, gym.spaces.Box) and s.is_bounded() and len(s.shape) == 1 for s in spaces)
-        needs = f"the actions must all be Discrete, or all bounded vectors; {args.env_id} has {spaces}"
-        require(self.discrete or boxes, needs)
+        fits = self.discrete or boxes
+        require(fits, f"actions must be all Discrete or all bounded vectors; {args.env_id} has {spaces}")
         self.sizes = [int(flatdim(space)) for space in spaces]
         self.num_actions = max(self.sizes)
         self.first_action = np.array([space.start if self.discrete else 0 for space in spaces])
@@ -496,10 +494,9 @@ class Team:
             require(False, str(error))
 
     def __str__(self):
-        names = f"{self.agents[0]} to {self.agents[-1]}, {len(self.others)} others at random"
-        state = "state" if self.has_state else "state of all observations"
-        sizes = f"obs {self.obs_dim} | {state} {self.state_dim} | actions {self.sizes}"
-        return f"{self.n} agents ({names}) | {sizes} | reward: {self.args.reward_mode}"
+        state = f"state{'' if self.has_state else ' of all observations'} {self.state_dim}"
+        sizes = f"obs {self.obs_dim} | {state} | actions {self.sizes} | reward: {self.args.reward_mode}"
+        return f"{self.n} agents ({self.agents[0]} to {self.agents[-1]}), {len(self.others)} others at random | {sizes}"
 
     def seed(self, seed: int):
         """Seed the copies, effective from their next reset, and the agents outside the team."""
@@ -585,8 +582,9 @@ class Team:
         cut = self.alive & (self.lengths >= self.args.max_episode_steps)[:, None]
         if cut.any() and not Team.has_cut:
             Team.has_cut = True
-            limit = f"{self.args.max_episode_steps} steps (--max-episode-steps)"
-            print(f"{self.args.env_id}: episodes are cut after {limit}, as by a time limit")
+            print(
+                f"episodes are cut after {self.args.max_episode_steps} steps (--max-episode-steps), as by a time limit"
+            )
         self.truncated, self.alive = self.truncated | cut, self.alive & ~cut
         self.done = ~self.alive.any(1)
 
@@ -833,7 +831,7 @@ class Run:
 def is_finite(state) -> bool:
     """Whether all numbers of a state_dict are finite."""
     if isinstance(state, torch.Tensor):
-        return bool(state.isfinite().all())
+        return not state.is_floating_point() or bool(state.isfinite().all())
     inner = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
     return all(map(is_finite, inner))
 

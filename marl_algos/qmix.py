@@ -261,10 +261,11 @@ def play(team, agent: QMIX) -> dict[str, np.ndarray]:
 
 def train(args: Args) -> dict:
     """Train, evaluate, and return what <run_dir>/result.json holds."""
-    counts = "updates target_every hidden_dim mixing_dim buffer_size epsilon_steps max_episode_steps".split()
-    check(args, **dict.fromkeys(counts, (1, math.inf)), learning_rate=(0, math.inf), gamma=(0, 1), td_lambda=(0, 1))
-    check(args, epsilon_start=(0, 1), epsilon_end=(0, 1), batch_size=(1, args.buffer_size))
-    check(args, num_envs=(1, args.buffer_size))
+    positive = (1, math.inf)
+    check(args, updates=positive, target_every=positive, hidden_dim=positive, mixing_dim=positive, buffer_size=positive)
+    check(args, epsilon_steps=positive, max_episode_steps=positive, learning_rate=(0, math.inf), td_lambda=(0, 1))
+    check(args, gamma=(0, 1), epsilon_start=(0, 1), epsilon_end=(0, 1))
+    check(args, num_envs=(1, args.buffer_size), batch_size=(1, args.buffer_size))
     team = Team(args, args.num_envs)
     require(team.discrete, f"qmix needs discrete actions; {args.env_id} has bounded vectors; try mappo")
     print(team)
@@ -383,8 +384,8 @@ class Team:
         spaces = [spaces[agent] for agent in self.agents]
         self.discrete = all(isinstance(space, gym.spaces.Discrete) for space in spaces)
         boxes = all(isinstance(s, gym.spaces.Box) and s.is_bounded() and len(s.shape) == 1 for s in spaces)
-        needs = f"the actions must all be Discrete, or all bounded vectors; {args.env_id} has {spaces}"
-        require(self.discrete or boxes, needs)
+        fits = self.discrete or boxes
+        require(fits, f"actions must be all Discrete or all bounded vectors; {args.env_id} has {spaces}")
         self.sizes = [int(flatdim(space)) for space in spaces]
         self.num_actions = max(self.sizes)
         self.first_action = np.array([space.start if self.discrete else 0 for space in spaces])
@@ -404,10 +405,9 @@ class Team:
             require(False, str(error))
 
     def __str__(self):
-        names = f"{self.agents[0]} to {self.agents[-1]}, {len(self.others)} others at random"
-        state = "state" if self.has_state else "state of all observations"
-        sizes = f"obs {self.obs_dim} | {state} {self.state_dim} | actions {self.sizes}"
-        return f"{self.n} agents ({names}) | {sizes} | reward: {self.args.reward_mode}"
+        state = f"state{'' if self.has_state else ' of all observations'} {self.state_dim}"
+        sizes = f"obs {self.obs_dim} | {state} | actions {self.sizes} | reward: {self.args.reward_mode}"
+        return f"{self.n} agents ({self.agents[0]} to {self.agents[-1]}), {len(self.others)} others at random | {sizes}"
 
     def seed(self, seed: int):
         """Seed the copies, effective from their next reset, and the agents outside the team."""
@@ -493,8 +493,9 @@ class Team:
         cut = self.alive & (self.lengths >= self.args.max_episode_steps)[:, None]
         if cut.any() and not Team.has_cut:
             Team.has_cut = True
-            limit = f"{self.args.max_episode_steps} steps (--max-episode-steps)"
-            print(f"{self.args.env_id}: episodes are cut after {limit}, as by a time limit")
+            print(
+                f"episodes are cut after {self.args.max_episode_steps} steps (--max-episode-steps), as by a time limit"
+            )
         self.truncated, self.alive = self.truncated | cut, self.alive & ~cut
         self.done = ~self.alive.any(1)
 
@@ -722,7 +723,7 @@ class Run:
 def is_finite(state) -> bool:
     """Whether all numbers of a state_dict are finite."""
     if isinstance(state, torch.Tensor):
-        return bool(state.isfinite().all())
+        return not state.is_floating_point() or bool(state.isfinite().all())
     inner = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
     return all(map(is_finite, inner))
 
