@@ -384,8 +384,7 @@ class Team:
         spaces = [spaces[agent] for agent in self.agents]
         self.discrete = all(isinstance(space, gym.spaces.Discrete) for space in spaces)
         boxes = all(isinstance(s, gym.spaces.Box) and s.is_bounded() and len(s.shape) == 1 for s in spaces)
-        fits = self.discrete or boxes
-        require(fits, f"actions must be all Discrete or all bounded vectors; {args.env_id} has {spaces}")
+        require(self.discrete or boxes, f"actions must all be Discrete or bounded vectors; {args.env_id} has {spaces}")
         self.sizes = [int(flatdim(space)) for space in spaces]
         self.num_actions = max(self.sizes)
         self.first_action = np.array([space.start if self.discrete else 0 for space in spaces])
@@ -449,9 +448,9 @@ class Team:
         """Copy e's part of the arrays, from what the environment returned."""
         obs, mask = np.zeros((self.n, self.obs_dim), np.float32), np.zeros((self.n, self.num_actions), bool)
         inside = {agent: x for agent, x in seen.items() if isinstance(x, dict) and "action_mask" in x}
-        legal = {agent: told["action_mask"] for agent, told in infos.items() if "action_mask" in told}
-        legal |= {agent: x["action_mask"] for agent, x in inside.items()}
-        legal = {agent: actions for agent, actions in legal.items() if actions is not None}
+        told = {agent: info.get("action_mask") for agent, info in infos.items()}
+        told |= {agent: x["action_mask"] for agent, x in inside.items()}
+        legal = {agent: actions for agent, actions in told.items() if actions is not None}
         for i, agent in enumerate(self.agents):
             if agent in seen:
                 x = flatten(self.obs_spaces[i], seen[agent]["observation"] if agent in inside else seen[agent])
@@ -490,12 +489,11 @@ class Team:
         self.truncated &= self.acted & ~self.terminated
         self.terminated |= self.acted & ~self.listed & ~self.truncated  # an agent that leaves without a flag
         self.alive = self.listed & ~self.terminated & ~self.truncated & (self.acted | ~self.listed_before)
-        cut = self.alive & (self.lengths >= self.args.max_episode_steps)[:, None]
+        limit = self.args.max_episode_steps
+        cut = self.alive & (self.lengths >= limit)[:, None]
         if cut.any() and not Team.has_cut:
             Team.has_cut = True
-            print(
-                f"episodes are cut after {self.args.max_episode_steps} steps (--max-episode-steps), as by a time limit"
-            )
+            print(f"episodes are cut after {limit} steps, as by a time limit (--max-episode-steps)")
         self.truncated, self.alive = self.truncated | cut, self.alive & ~cut
         self.done = ~self.alive.any(1)
 
@@ -542,8 +540,7 @@ class EpisodeReplay:
 def evaluate_team(act, team: Team, episodes: int, film: Path | None = None) -> list[float]:
     """The team's undiscounted returns without exploration, always from the same seeds; closes the environments.
 
-    `act` maps the team and its own memory (None when episodes begin) to actions and the next memory. With `film`, the
-    first episode is recorded in that folder.
+    `act` maps the team and its memory (None at first) to actions and memory. The first episode is recorded in `film`.
     """
     team.seed(10_000)
     returns, frames = [], []

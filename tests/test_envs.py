@@ -339,7 +339,7 @@ def test_a_video_is_filmed_where_the_environment_renders(tmp_path):
     "env_id, kwargs, expected",
     [
         ("envs.matrix_gams", "{}", "matrix_games"),
-        ("no_such_module", "{}", "pip install"),
+        ("no_such_module", "{}", "with pip"),
         ("envs.matrix_games", '{"game": "chess"}', "two_step"),
         ("envs.matrix_games", "{game}", "cannot make"),
         ("envs.lbf", '{"task": "Foraging-8x8"}', "Foraging-8x8"),
