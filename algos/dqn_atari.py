@@ -7,8 +7,8 @@
 # ///
 """DQN on images: deep Q-learning with experience replay for Atari and MinAtar.
 
-Paper   Mnih et al., 2013. https://arxiv.org/abs/1312.5602; the target network: Mnih et al., 2015.
-        https://www.nature.com/articles/nature14236
+Paper   Mnih et al., 2015. https://www.nature.com/articles/nature14236; without the target network: Mnih et al., 2013.
+        https://arxiv.org/abs/1312.5602
 Notes   "DQN (2013)"; the lines of pics/dqn1.png, numbered; line 14 is added; slides, "Deep Q-Learning Algorithm"
 Run     python algos/dqn_atari.py --env-id MinAtar/Breakout-v1 --total-timesteps 100000 --learning-starts 5000
             --train-every 1 --target-every 1000 --buffer-size 100000 --epsilon-end 0.1 --epsilon-steps 50000
@@ -38,7 +38,7 @@ MinAtar's φ is one frame of 10 × 10 with a channel for each kind of object. Th
 slides list kernel 8, stride 4 three times; only 8/4, 4/2 and 3/1, as in their code, give their 64·7·7 features;
 MinAtar's network is that of Young & Tian (2019).
 
-Result  MinAtar/Breakout-v1: to be measured
+Result  MinAtar/Breakout-v1 by the command above: 4.7, and still rising (one seed, mean of the last three evaluations)
 """
 
 import contextlib

@@ -8,8 +8,10 @@
 """PPO on images: the clipped objective for Atari and MinAtar, in one process or, under torchrun, in several.
 
 Paper   Schulman, Wolski, Dhariwal, Radford & Klimov, 2017, section 6.4. https://arxiv.org/abs/1707.06347
+        The details that matter on images: Huang et al., 2022.
+        https://iclr-blog-track.github.io/2022/03/25/ppo-implementation-details/
 Notes   "PPO (2017)"; the numbers below are those of pics/ppo_2.png; line 6: pics/ppo_1.png, line 5: GAE, pics/gae_1.png
-Run     python algos/ppo_atari.py --env-id MinAtar/Breakout-v1 --total-timesteps 1000000
+Run     python algos/ppo_atari.py --env-id MinAtar/Breakout-v1 --total-timesteps 200000 --learning-rate 0.001
         torchrun --nproc-per-node 2 algos/ppo_atari.py    (two processes share the environments and the minibatches)
 
      1  input: policy parameters θ_0, value parameters φ_0

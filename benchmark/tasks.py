@@ -398,6 +398,19 @@ TASKS = [  # the first task of a script is the one that README shows
         1443,
         "CleanRL: 1443 ± 46 after 1,000,000 steps",
     ),
+    # --- ppo_atari ----------------------------------------------------------------------------------------------------
+    Task(
+        "ppo_atari__MinAtar-Breakout-v1",
+        "algos/ppo_atari.py",
+        "--env-id MinAtar/Breakout-v1 --total-timesteps 200000 --learning-rate 0.001 --eval-every 20000 "
+        "--eval-episodes 30",
+        5,
+        "a mark of our own",
+        seeds=1,
+        record=True,
+        note="a record: a fiftieth of the steps of an Atari run.",
+        minutes=6,
+    ),
     # --- mappo --------------------------------------------------------------------------------------------------------
     Task(
         "mappo__simple_spread",
