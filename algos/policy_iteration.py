@@ -67,7 +67,7 @@ class Args:
     """threshold of the largest change of V, below which an evaluation ends, θ of line 8"""
     tie: float = 1e-6
     """amount by which another action must be better than the old one to replace it in line 12"""
-    max_sweeps: int = 100_000
+    max_sweeps: int = 1_000_000
     """number of sweeps of one evaluation after which the run ends with an error"""
     uniform_start: bool = False
     """start from the equiprobable policy, instead of action 0 in every state"""

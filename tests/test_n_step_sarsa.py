@@ -38,7 +38,7 @@ def test_lines_10_to_14_by_hand():
     assert second == pytest.approx(q)
     q[1, 0] += 0.5 * (2.0 + 0.9 * 4.0 - q[1, 0])  # min(τ + n, T) = T: nothing follows
     q[2, 1] += 0.5 * (4.0 - q[2, 1])
-    assert third == pytest.approx(q)
+    assert third == pytest.approx(q) and a.T == 3
 
 
 def test_a_time_limit_bootstraps_from_the_last_state():

@@ -1,5 +1,6 @@
 """What the scripts with tables, and their nearest relatives, share: spaces, greedy evaluation, one reset an episode."""
 
+import dataclasses
 import sys
 
 import gymnasium as gym
@@ -67,6 +68,10 @@ def test_one_reset_an_episode_and_the_first_with_the_seed(script, tmp_path):
     module.train(module.Args("Ring-v0", kwargs, **settings))
     assert Ring.resets == [7, None, None, None, None, 10_000, 10_001], "4 episodes and the next; 2 evaluations"
     assert len(Ring.actions) == 12 + 6 and set(Ring.actions) <= {0, 1}
+    Ring.resets.clear()
+    longer = dataclasses.replace(module.saved_args(str(tmp_path / "run")), total_timesteps=18)
+    module.train(longer)
+    assert Ring.resets == [7 + 12, None, None, 10_000, 10_001], "a resumed run begins with other states"
 
 
 @pytest.mark.parametrize("script", TABLES)
