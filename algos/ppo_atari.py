@@ -32,7 +32,7 @@ game continues. MinAtar's s is one frame of 10 × 10 with a channel for each kin
 slides' DQN, for MinAtar those of Young & Tian (2019); θ and φ have no common layers, unlike those of the paper. Under
 torchrun, each process has a part of the environments and of each minibatch, and the gradients are averaged.
 
-Result  MinAtar/Breakout-v1: to be measured
+Result  MinAtar/Breakout-v1 by the first command above: 5.6 (one seed, mean of the last three evaluations)
 """
 
 import atexit
