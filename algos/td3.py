@@ -32,8 +32,8 @@ line 13 still bootstraps from s'. The notes' text clips the noise of line 4; the
 line 12, and so does this script. Equation 10 takes a' from the current policy, without noise; the paper's final
 algorithm takes it from the target policy, with noise, as line 12 does.
 
-Result  HalfCheetah-v4 after 50k steps: 2858 (2566 to 3367, 3 seeds) by the command above. The default is the paper's
-        1M steps. Other environments: benchmark/RESULTS.md
+Result  HalfCheetah-v4 after 50k steps: 2362 (1901 to 3105, 3 seeds, means of the last three evaluations) by the command
+        above. The default is the paper's 1M steps. Other environments: benchmark/RESULTS.md
 """
 
 import contextlib
