@@ -91,7 +91,8 @@ def column(*values):
 
 
 def train(folder, **settings):
-    defaults = dict(num_envs=2, num_steps=16, num_minibatches=2, total_timesteps=64, eval_every=0, eval_episodes=1)
+    defaults = dict(num_envs=2, num_steps=16, num_minibatches=2, update_epochs=4, total_timesteps=64)
+    defaults |= dict(eval_every=0, eval_episodes=1)
     return ppo.train(ppo.Args(**{**defaults, "run_dir": str(folder), "device": "cpu", **settings}))
 
 

@@ -51,7 +51,19 @@ class Pages(gym.Env):
         return self.page(), reward, over and end % 2 == 0, over and end % 2 == 1, {}
 
 
+class Spaced(gym.Env):
+    """An environment of given spaces, to be refused."""
+
+    def __init__(self, obs, action):
+        self.observation_space, self.action_space = Box(0, 255, obs, np.uint8), action
+
+    def reset(self, seed=None, options=None):
+        return self.observation_space.sample(), {}
+
+
 gym.register("Pages-v0", Pages)
+gym.register("PpoTiny-v0", Spaced, kwargs=dict(obs=(2, 40, 1), action=Discrete(2)))
+gym.register("PpoLevers-v0", Spaced, kwargs=dict(obs=(40, 40, 1), action=Box(-1, 1, (2,))))
 
 
 def make_agent(obs_shape=SINGLE, **settings):
@@ -71,7 +83,8 @@ def vector_of(agent):
 
 
 def make_args(**settings):
-    defaults = dict(num_envs=2, num_steps=16, num_minibatches=2, total_timesteps=64, eval_every=0, eval_episodes=1)
+    defaults = dict(num_envs=2, num_steps=16, num_minibatches=2, update_epochs=4, total_timesteps=64)
+    defaults |= dict(eval_every=0, eval_episodes=1)
     return ppo_atari.Args(**{**defaults, "env_id": "Pages-v0", "device": "cpu", **settings})
 
 
@@ -408,14 +421,14 @@ def test_ale_py_a_time_limit_truncates_with_the_true_last_observation(games):
 
 
 def test_ale_py_begins_with_up_to_thirty_steps_without_an_action_by_its_seeds(games):
-    envs = games("PongNoFrameskip-v4", 8)
+    envs = games("PongNoFrameskip-v4", 8, max_num_frames_per_episode=4)
     first = envs.reset(seed=2**32 - 3)[0]  # seeds of the emulator have 31 bits
     frames = envs.frame.copy()
     np.testing.assert_array_equal(envs.reset(seed=2**32 - 3)[0], first)
     assert envs.frame.tolist() == frames.tolist()
     envs.reset(seed=2**32 - 2)
     assert envs.frame[:-1].tolist() == frames[1:].tolist(), "environment n has the seed of the first, plus n"
-    noops = [envs.reset(seed=8 * k) and envs.frame.copy() for k in range(40)]
+    noops = [envs.step(np.zeros(8, int)) and envs.frame for _ in range(40)]  # each step ends a game
     assert {*np.concatenate(noops).tolist()} == {*range(31)}
 
 
@@ -614,7 +627,8 @@ def refused(folder, capsys, **settings) -> str:
     "settings, words",
     [
         (dict(env_id="CartPole-v1"), "ppo_atari needs image observations CartPole-v1 ppo"),
-        (dict(env_id="CarRacing-v3"), "Discrete actions CarRacing-v3"),
+        (dict(env_id="PpoTiny-v0"), "ppo_atari needs images of at least 3 × 3, PpoTiny-v0 has 2 × 40"),
+        (dict(env_id="PpoLevers-v0"), "ppo_atari needs Discrete actions PpoLevers-v0"),
         (dict(env_id="MinAtar/Brakeout-v1"), "cannot make MinAtar/Brakeout-v1"),
         (dict(env_id="BrakeoutNoFrameskip-v4"), "cannot make BrakeoutNoFrameskip-v4"),
         (dict(env_id="ALE/Pong-v5", env_kwargs='{"frameskip": 4}'), "leave out frameskip"),
