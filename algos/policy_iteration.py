@@ -362,8 +362,9 @@ def main_without_resume():
     args = tyro.cli(Args, description=__doc__.replace("\n", "\n "))  # tyro keeps the line breaks before indented lines
     try:
         train(args)
-    except (MemoryError, RuntimeError) as error:
-        require("memory" not in f"{error!r}".lower(), f"not enough memory: {error}")
+    except (MemoryError, OverflowError, RuntimeError) as error:
+        too_large = not isinstance(error, RuntimeError) or "memory" in str(error).lower()
+        require(not too_large, f"a size among the settings exceeds the memory: {error}")
         raise
 
 
