@@ -419,6 +419,7 @@ def test_updates_descend_within_the_gradient_norm():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.nn.utils, "clip_grad_norm_", watch)
         losses = [agent.update(b) for _ in range(60)]
+    assert not any(value.requires_grad for value in losses[0].values()), "what is logged must not hold the graph"
     assert norms[2][0] > 10 and norms[3] == pytest.approx(10, rel=1e-3)
     assert losses[-1]["losses/policy"] < losses[0]["losses/policy"] - 0.1
     assert losses[-1]["losses/value"] < losses[0]["losses/value"]
@@ -702,6 +703,19 @@ def test_value_function_sees_what_the_policies_do_not(tmp_path):
     D = seen[-1][0]
     r, v = D["r"][..., 0], D["v"][..., 0]
     assert 1 - (r - v).var() / r.var() > 0.9
+
+
+def test_a_resumed_run_begins_with_other_episodes(tmp_path, monkeypatch):
+    seeds, seed = [], mappo.Team.seed
+    monkeypatch.setattr(mappo.Team, "seed", lambda team, number: seeds.append(number) or seed(team, number))
+    run_dir = str(tmp_path / "run")
+    rollout_of(dict(num_envs=2, num_steps=4, update_epochs=1, seed=7, run_dir=run_dir))
+    saved = mappo.saved_args(run_dir)
+    saved.total_timesteps = 16
+    assert mappo.train(saved)["steps"] == 16
+    assert [number for number in seeds if number not in (0, 10_000)] == [7, 7 + 8], (
+        "0 to make a team, 10 000 to evaluate"
+    )
 
 
 @pytest.mark.parametrize(

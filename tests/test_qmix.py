@@ -461,6 +461,19 @@ def test_loop_decays_epsilon_updates_twice_an_episode_and_copies_targets_in_time
     assert calls == expected
 
 
+def test_a_resumed_run_begins_with_other_episodes(tmp_path, monkeypatch):
+    seeds, seed = [], qmix.Team.seed
+    monkeypatch.setattr(qmix.Team, "seed", lambda team, number: seeds.append(number) or seed(team, number))
+    game = dict(env_id="envs.matrix_games", env_kwargs='{"game": "two_step"}', total_timesteps=8, num_envs=2, seed=7)
+    qmix.train(qmix.Args(**game, eval_every=0, eval_episodes=1, device="cpu", run_dir=str(tmp_path / "run")))
+    saved = qmix.saved_args(str(tmp_path / "run"))
+    saved.total_timesteps = 16
+    assert qmix.train(saved)["steps"] == 16
+    assert [number for number in seeds if number not in (0, 10_000)] == [7, 7 + 8], (
+        "0 to make a team, 10 000 to evaluate"
+    )
+
+
 @pytest.mark.parametrize("anneal, expected", [(True, [0.75, 0.5, 0.25]), (False, [1.0, 1.0, 1.0])])
 def test_the_learning_rate_falls_to_zero(anneal, expected, tmp_path, monkeypatch):
     sizes = []
