@@ -93,6 +93,13 @@ def test_exploration_draws_from_all_actions_and_greedy_ties_at_random():
     assert share == pytest.approx([0.1, 0.4, 0.4, 0.1], abs=0.015)
 
 
+def test_evaluation_takes_the_best_action_and_leaves_the_random_stream():
+    a = agent(actions=4, epsilon=1.0)
+    a.w[:, 2] = [0.0, 1.0, 3.0, -1.0]
+    before = a.rng.bit_generator.state
+    assert a.act(np.array([2]), explore=False) == 2 and a.rng.bit_generator.state == before
+
+
 class Slide(gym.Env):
     """From 0 to 3 in steps of 1 or 2, for -1 a step, its position the observation."""
 
