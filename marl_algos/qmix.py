@@ -754,8 +754,9 @@ def main():
         require(not other, f"beside --resume, leave out {', '.join(sorted(other))}: these settings of a run stay")
     try:
         train(args)
-    except (MemoryError, RuntimeError) as error:
-        require("memory" not in f"{error!r}".lower(), f"not enough memory: {error}")
+    except (MemoryError, OverflowError, RuntimeError) as error:
+        too_large = not isinstance(error, RuntimeError) or "memory" in str(error).lower()
+        require(not too_large, f"a size among the settings exceeds the memory: {error}")
         raise
 
 
