@@ -28,8 +28,8 @@ Beyond the pseudo-code: lines 9 and 10 are plain gradient steps, on the CPU. A t
 S' terminal, so line 8 still bootstraps from it. Evaluation takes the most likely action. The factor I of line 9 is in
 the picture, but not in the book's final edition; --no-discount-w leaves it out.
 
-Result  CartPole-v1 by the command above: see benchmark/RESULTS.md. In the book's short corridor it
-        reaches -11.5 while learning, with π(right) = 0.57: benchmark/figures/short_corridor.png
+Result  CartPole-v1 by the command above: 500, 500, 500, 500, 488 (seeds 1-5, means of 100 episodes). In the book's
+        short corridor it reaches -11.5 while learning, with π(right) = 0.57: benchmark/figures/short_corridor.png
 """
 
 import contextlib

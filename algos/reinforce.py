@@ -24,8 +24,9 @@ Beyond the pseudo-code: lines 5-9 are plain gradient steps, one after the other,
 episode, v̂ of its last state replaces the rewards that would have followed. Evaluation takes the most likely action.
 The factor γ^t of line 8 is in the picture, but not in the book's final edition; --no-discount-w leaves it out.
 
-Result  CartPole-v1 by the command above: see benchmark/RESULTS.md. In the short corridor of
-        figure 13.2 it reaches -11.7, the return of the best policy: benchmark/figures/short_corridor.png
+Result  CartPole-v1 by the command above: 500, 500, 500, 9, 500 (seeds 1-5, means of 100 episodes); seed 4 also had 500
+        from step 75000 to 200000, but plain gradient steps can lose a good policy. In the short corridor of figure 13.2
+        it reaches -11.7, the return of the best policy: benchmark/figures/short_corridor.png
 """
 
 import contextlib
