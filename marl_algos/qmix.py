@@ -451,23 +451,24 @@ class Team:
         inside = {agent: x for agent, x in seen.items() if isinstance(x, dict) and "action_mask" in x}
         told = {agent: info.get("action_mask") for agent, info in infos.items()}
         told |= {agent: x["action_mask"] for agent, x in inside.items()}
-        legal = {agent: actions for agent, actions in told.items() if actions is not None}
         for i, agent in enumerate(self.agents):
             if agent in seen:
                 x = flatten(self.obs_spaces[i], seen[agent]["observation"] if agent in inside else seen[agent])
                 obs[i, : x.size] = x / 255 if x.dtype == np.uint8 else x
-                mask[i, : self.sizes[i]] = legal.get(agent, True)
-        self.others_legal[e] = {agent: np.asarray(legal[agent], np.int8) for agent in legal if agent in self.others}
+                legal = told.get(agent)
+                mask[i, : self.sizes[i]] = True if legal is None else legal
+        self.others_legal[e] = {a: np.asarray(told[a], np.int8) for a in self.others if told.get(a) is not None}
         row = {"obs": obs, "state": self.state_of(e, obs), "mask": mask, "acted": acted, "listed_before": listed_before}
         for name, values in (("reward", rewards), ("terminated", terminated), ("truncated", truncated)):
-            row[name] = [np.asarray(values.get(agent, 0)).item() for agent in self.agents]
+            given = [values.get(agent, 0) for agent in self.agents]
+            row[name] = [x if isinstance(x, (int, float)) else np.asarray(x).item() for x in given]
         listed = set(self.envs[e].agents)
         return row | {"listed": [agent in listed for agent in self.agents]}
 
     def state_of(self, e: int, obs: np.ndarray) -> np.ndarray:
         """Copy e's env.state(), flat. Whether it exists is decided once; if it fails later, the last state is used."""
         try:
-            state = np.array(self.envs[e].state())
+            state = np.asarray(self.envs[e].state())
             state = (state / (255 if state.dtype == np.uint8 else 1)).astype(np.float32).ravel()
         except Exception:  # not implemented, not an array, or absent after an episode
             state = None
