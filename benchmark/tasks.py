@@ -419,6 +419,7 @@ TASKS = [  # the first task of a script is the one that README shows
         -14,
         "between random play, -27, and a script, -9.3, both measured per agent",
         unit="per agent",
+        note="Measured before PopArt rescaled at its first update; to be measured again.",
     ),
     Task(
         "mappo__simple_spread_recurrent",
@@ -439,6 +440,7 @@ TASKS = [  # the first task of a script is the one that README shows
         -15,
         "between random play, -43, and a script, -8.3, both measured per agent",
         unit="per agent",
+        note="Measured before PopArt rescaled at its first update; to be measured again.",
     ),
     Task(
         "mappo__climbing",
@@ -456,6 +458,7 @@ TASKS = [  # the first task of a script is the one that README shows
         0.9,
         "Papoudakis et al. (2021): 1.00 after 20,000,000 steps; 1 is the best",
         unit="per team",
+        note="Measured before PopArt rescaled at its first update; to be measured again.",
     ),
     # --- qmix ---------------------------------------------------------------------------------------------------------
     Task(

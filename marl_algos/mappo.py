@@ -39,8 +39,9 @@ annealed linearly to 0. Illegal actions have p = 0; dead agents and padding have
 terminal state: V of the last state is bootstrapped. While a team with a common reward continues without a dead agent,
 that agent's value is the mean of the living agents' values.
 
-Result  simple_spread by the command above: -13.4 per agent (-14.7 to -12.4, 3 seeds; random play -27, a script -9.3).
-        The climbing game, --env-id envs.matrix_games --total-timesteps 100000: 175, 25 rounds at 7, in 5 of 5 seeds
+Result  The climbing game, --env-id envs.matrix_games --total-timesteps 100000: 175, 25 rounds at 7, in 5 of 5 seeds.
+        simple_spread: -13.4 per agent (3 seeds; random play -27, a script -9.3), before PopArt rescaled at its first
+        update; the command above has not been run to its end since
 """
 
 import contextlib
