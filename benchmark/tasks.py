@@ -319,6 +319,15 @@ TASKS = [  # the first task of a script is the one that README shows
         "rl-baselines3-zoo: -100.8 ± 9.9 after 120,000 steps",
         seeds=5,
     ),
+    # --- double_dqn, dueling_dqn, prioritized_dqn: the settings of dqn ------------------------------------------------
+    Task(
+        "double_dqn__CartPole-v1",
+        "algos/double_dqn.py",
+        "--env-id CartPole-v1",
+        475,
+        "the environment's own reward threshold; CleanRL's DQN: 488.69 ± 16.11 in training after 500,000 steps",
+        seeds=5,
+    ),
     # --- dqn_atari ----------------------------------------------------------------------------------------------------
     Task(
         "dqn_atari__MinAtar-Breakout-v1",
