@@ -253,6 +253,55 @@ TASKS = [  # the first task of a script is the one that README shows
         "gymnasium: the reward threshold of CartPole-v0",
         seeds=5,
     ),
+    # --- ddpg ---------------------------------------------------------------------------------------------------------
+    Task(
+        "ddpg__Pendulum-v1",
+        "algos/ddpg.py",
+        "--env-id Pendulum-v1 --total-timesteps 20000 --gamma 0.98 --learning-rate 0.001 "
+        "--learning-starts 5000 --eval-every 2500 --eval-episodes 100",
+        -200,
+        "rl-baselines3-zoo: -152.1 ± 94.3 after 20,000 steps",
+        seeds=5,
+    ),
+    Task(
+        "ddpg__Pendulum-v1_batch_norm",
+        "algos/ddpg.py",
+        "--env-id Pendulum-v1 --total-timesteps 20000 --gamma 0.98 --learning-rate 0.001 "
+        "--learning-starts 5000 --batch-norm --eval-every 2500 --eval-episodes 100",
+        -152.1,
+        "rl-baselines3-zoo, networks without batch normalisation: -152.1 ± 94.3 after 20,000 steps",
+        seeds=5,
+        record=True,
+        note="A record: how far the slides' networks come beside those without batch normalisation.",
+    ),
+    Task(
+        "ddpg__Pendulum-v1_ornstein_uhlenbeck",
+        "algos/ddpg.py",
+        "--env-id Pendulum-v1 --total-timesteps 20000 --gamma 0.98 --learning-rate 0.001 "
+        "--learning-starts 5000 --ou-theta 0.15 --exploration-noise 0.2 --eval-every 2500 --eval-episodes 100",
+        -200,
+        "rl-baselines3-zoo, normal noise: -152.1 ± 94.3 after 20,000 steps",
+        seeds=5,
+    ),
+    Task(
+        "ddpg__InvertedPendulum-v5",
+        "algos/ddpg.py",
+        "--env-id InvertedPendulum-v5 --total-timesteps 30000 --learning-starts 1000 --learning-rate 0.001 "
+        "--batch-size 100 --exploration-noise 0.0333 --eval-every 5000",
+        643,
+        "CleanRL: 643 ± 70 in training after 1,000,000 steps, InvertedPendulum-v4",
+        seeds=5,
+    ),
+    Task(
+        "ddpg__HalfCheetah-v4_50k",
+        "algos/ddpg.py",
+        "--env-id HalfCheetah-v4 --total-timesteps 50000 --learning-starts 10000 --eval-every 5000",
+        10374,
+        "CleanRL: 10374 ± 157 in training after 1,000,000 steps",
+        record=True,
+        note="A record beside td3's task of the same name: this run has a twentieth of the steps of the published one.",
+        minutes=5,
+    ),
     # --- td3 ----------------------------------------------------------------------------------------------------------
     Task(
         "td3__HalfCheetah-v4_50k",
