@@ -542,6 +542,46 @@ def short_corridor(runs: int = 12, episodes: int = 1000) -> Figure:
     return figure
 
 
+# --- deterministic policy gradient ------------------------------------------------------------------------------------
+
+
+def bandit_costs(m: int, alpha: float, pulls: int = 5000, sigma: float = 0.1, seed: int = 0) -> np.ndarray:
+    """Costs of the policy at the start and after each batch of 2m pulls of the paper's bandit, with its COPDAC-B.
+
+    An action a (m,) costs (a - a*)ᵀ C (a - a*), a* = (4, …, 4); C has eigenvalues drawn from {0.1, 1}. There is no
+    state: μ_θ = θ, whose compatible features are a - θ. For each batch of actions drawn from N(θ, σ²), w is fitted to
+    the rewards by least squares, together with a bias; then θ ← θ + α w.
+    """
+    rng, theta = np.random.default_rng(seed), np.zeros(m)
+    eigenvectors, _ = np.linalg.qr(rng.normal(size=(m, m)))
+    C = eigenvectors * rng.choice([0.1, 1.0], m) @ eigenvectors.T
+
+    def cost(a):
+        return np.einsum("...i,ij,...j", a - 4, C, a - 4)
+
+    costs = [cost(theta)]
+    for _ in range(pulls // (2 * m)):
+        phi = sigma * rng.normal(size=(2 * m, m))
+        w_and_bias, *_ = np.linalg.lstsq(np.hstack([phi, np.ones((2 * m, 1))]), -cost(theta + phi))
+        theta = theta + alpha * w_and_bias[:m]
+        costs.append(cost(theta))
+    return np.array(costs)
+
+
+def continuous_bandit(runs: int = 5) -> Figure:
+    """Silver et al. (2014), figure 1: the deterministic actor-critic on the bandit with m-dimensional actions."""
+    figure, axes = plt.subplots(figsize=(6.5, 4.3), layout="constrained")
+    for m, color in zip((10, 25, 50), ("tab:blue", "tab:orange", "tab:green")):
+        for alpha, style in ((0.3, "-"), (0.1, "--")):
+            costs = np.mean([bandit_costs(m, alpha, seed=seed) for seed in range(runs)], axis=0)
+            print(f"m = {m}, α = {alpha}: cost {costs[0]:.0f} at the start, {costs[-1]:.4f} at the end")
+            axes.semilogy(2 * m * np.arange(len(costs)), costs, style, color=color, label=f"m = {m}, α = {alpha}")
+    axes.set(xlabel="pulls", ylabel="cost of the policy without noise", xlim=(0, 5000), ylim=(1e-3, 1e3))
+    axes.set_title(f"COPDAC-B on the continuous bandit: mean of {runs} runs, σ = 0.1")
+    axes.legend(ncols=3, loc="upper right")
+    return figure
+
+
 # --- matrix games: what QMIX can represent ----------------------------------------------------------------------------
 
 
