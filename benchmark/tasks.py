@@ -302,6 +302,23 @@ TASKS = [  # the first task of a script is the one that README shows
         note="A record beside td3's task of the same name: this run has a twentieth of the steps of the published one.",
         minutes=5,
     ),
+    # --- dpg ----------------------------------------------------------------------------------------------------------
+    Task(
+        "dpg__Pendulum-v1",
+        "algos/dpg.py",
+        "",
+        -200,
+        "rl-baselines3-zoo, DDPG: -152.1 ± 94.3 after 20,000 steps",
+        seeds=5,
+    ),
+    Task(
+        "dpg__MountainCarContinuous-v0",
+        "algos/dpg.py",
+        "--env-id MountainCarContinuous-v0",
+        90,
+        "gymnasium: the environment's own reward threshold",
+        seeds=5,
+    ),
     # --- td3 ----------------------------------------------------------------------------------------------------------
     Task(
         "td3__HalfCheetah-v4_50k",
