@@ -394,6 +394,14 @@ TASKS = [  # the first task of a script is the one that README shows
         "the environment's own reward threshold; CleanRL's DQN: 488.69 ± 16.11 in training after 500,000 steps",
         seeds=5,
     ),
+    Task(
+        "dueling_dqn__CartPole-v1",
+        "algos/dueling_dqn.py",
+        "--env-id CartPole-v1",
+        475,
+        "the environment's own reward threshold; CleanRL's DQN: 488.69 ± 16.11 in training after 500,000 steps",
+        seeds=5,
+    ),
     # --- dqn_atari ----------------------------------------------------------------------------------------------------
     Task(
         "dqn_atari__MinAtar-Breakout-v1",
