@@ -128,10 +128,12 @@ class Q(nn.Module):
     def __init__(self, obs_dim: int, action_dim: int, norm: type[nn.Module], units: int):
         super().__init__()
         self.s_net = nn.Sequential(nn.Linear(obs_dim, units), nn.ReLU(), norm(units))
-        self.net = mlp(units + action_dim, units, 1)
+        self.net = nn.Sequential(nn.Linear(units + action_dim, units), nn.ReLU(), nn.Linear(units, 1))
 
     def forward(self, s, a):
-        return self.net(torch.cat([self.s_net(s), a], dim=-1)).squeeze(-1)
+        layer, relu, last = self.net  # on [s_net(s), a], written as a sum: line 14 needs no gradient for s_net(s)
+        w_s, w_a = layer.weight.split([layer.out_features, a.shape[-1]], dim=1)
+        return last(relu(nn.functional.linear(self.s_net(s), w_s, layer.bias) + a @ w_a.T)).squeeze(-1)
 
 
 class DDPG:
@@ -265,12 +267,6 @@ def set_up_torch(args) -> torch.device:
     torch.manual_seed(args.seed)
     torch.set_num_threads(getattr(args, "num_threads", 1))
     return torch.device("cuda" if gpu and device != "cpu" else "cpu")
-
-
-def mlp(*widths: int) -> nn.Sequential:
-    """Linear layers of these widths with ReLU between them."""
-    layers = [layer for i, o in zip(widths, widths[1:]) for layer in (nn.Linear(i, o), nn.ReLU(inplace=True))]
-    return nn.Sequential(*layers[:-1])
 
 
 class ReplayBuffer:

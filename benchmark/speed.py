@@ -81,6 +81,20 @@ COMPARISONS = {
         dict(env_id="HalfCheetah-v4", learning_starts=1_000),
         sb3=("TD3", "HalfCheetah-v4", HALF_CHEETAH | {"policy_kwargs": None}),
     ),
+    "ddpg HalfCheetah-v4": Comparison(  # CleanRL's policy and targets, too, with an update per step
+        "algos/ddpg.py",
+        4_000,
+        dict(env_id="HalfCheetah-v4", learning_starts=1_000),
+        ("ddpg_continuous_action.py", "--env-id HalfCheetah-v4 --learning-starts 1000 --policy-frequency 1"),
+        ("DDPG", "HalfCheetah-v4", HALF_CHEETAH),
+    ),
+    "sac HalfCheetah-v4": Comparison(
+        "algos/sac.py",
+        4_000,
+        dict(env_id="HalfCheetah-v4", learning_starts=1_000),
+        ("sac_continuous_action.py", "--env-id HalfCheetah-v4 --learning-starts 1000"),
+        ("SAC", "HalfCheetah-v4", HALF_CHEETAH),
+    ),
     "dqn CartPole-v1": Comparison(
         "algos/dqn.py",
         50_000,
