@@ -42,7 +42,7 @@ the same. In Atari the paper's trunk is convolutional and each stream has 512 un
 that enters the trunk by 1/√2 and clips gradient norms at 10, which this script does not. The gain that the paper
 reports grows with the number of actions; with two, as in CartPole-v1, none is to be expected.
 
-Result  CartPole-v1 by the command above: being measured
+Result  CartPole-v1 by the command above: being measured with five seeds; a trial with seed 101 reached 495
 """
 
 import contextlib

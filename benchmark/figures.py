@@ -31,6 +31,7 @@ import matplotlib.pyplot as plt
 import monte_carlo
 import n_step_sarsa
 import policy_iteration
+import prioritized_dqn
 import q_learning
 import qmix
 import reinforce
@@ -580,6 +581,43 @@ def continuous_bandit(runs: int = 5) -> Figure:
     axes.set_title(f"COPDAC-B on the continuous bandit: mean of {runs} runs, σ = 0.1")
     axes.legend(ncols=3, loc="upper right")
     return figure
+
+
+# --- prioritised replay -----------------------------------------------------------------------------------------------
+
+
+def blind_cliff(n: int) -> tuple[prioritized_dqn.PrioritizedReplay, np.ndarray]:
+    """A memory of the transitions of all 2^n sequences of actions in the blind cliffwalk of n states, and Q* (n, 2).
+
+    Right (1) leads to the next state and in the last one to a reward of 1 and the end; wrong (0) ends the episode
+    with 0. The state is its number; γ = 1 - 1/n.
+    """
+    args = prioritized_dqn.Args(buffer_size=2 ** (n + 1) - 2, priority_epsilon=1e-4)
+    buffer = prioritized_dqn.PrioritizedReplay(1, args, torch.device("cpu"))
+    for s in range(n):
+        for _ in range(2 ** (n - s - 1)):  # sequences that go right up to s, and there right; as many go wrong there
+            last = s == n - 1
+            buffer.add([s], [1], float(last), [0 if last else s + 1], last)
+            buffer.add([s], [0], 0.0, [0], True)
+    q_star = np.zeros((n, 2))
+    q_star[:, 1] = (1 - 1 / n) ** np.arange(n - 1, -1, -1)
+    return buffer, q_star
+
+
+def updates_until_learnt(n: int, prioritized: bool, seed: int) -> int:
+    """Updates of tabular Q-learning, each by one transition of `blind_cliff`, until its mean squared error is 0.001."""
+    torch.manual_seed(seed)
+    buffer, q_star = blind_cliff(n)
+    q, updates = np.zeros((n, 2)), 0
+    while np.square(q - q_star).mean() >= 1e-3:
+        s, a, r, s2, d, *_, j = buffer.sample(1, beta=0.0) if prioritized else (*buffer.memory.sample(1), None)
+        s, a, s2 = int(s), int(a), int(s2)
+        delta = r + (1 - 1 / n) * (1 - d) * q[s2].max() - q[s, a]
+        q[s, a] += 0.25 * float(delta)
+        updates += 1
+        if prioritized:
+            buffer.prioritize(j, delta)
+    return updates
 
 
 # --- matrix games: what QMIX can represent ----------------------------------------------------------------------------

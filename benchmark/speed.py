@@ -53,6 +53,8 @@ class Comparison:
 
 HALF_CHEETAH = dict(learning_rate=3e-4, batch_size=256, learning_starts=1_000, policy_kwargs={"net_arch": [256, 256]})
 DQN = dict(learning_rate=2.5e-4, batch_size=128, buffer_size=10_000, learning_starts=1_000)
+CARTPOLE_DQN = DQN | dict(hidden_sizes=[120, 84], train_every=10, target_every=50)
+CARTPOLE_DQN |= dict(epsilon_end=0.05, epsilon_steps=25_000)
 PPO = dict(num_steps=128, num_minibatches=4, update_epochs=4, entropy_coef=0.01, gamma=0.99, lam=0.95)
 PPO |= dict(learning_rate=2.5e-4)
 HALF_CHEETAH_PPO = dict(
@@ -98,7 +100,7 @@ COMPARISONS = {
     "dqn CartPole-v1": Comparison(
         "algos/dqn.py",
         50_000,
-        DQN | dict(hidden_sizes=[120, 84], train_every=10, target_every=50, epsilon_end=0.05, epsilon_steps=25_000),
+        CARTPOLE_DQN,
         ("dqn.py", "--learning-starts 1000"),
         (
             "DQN",
@@ -111,6 +113,11 @@ COMPARISONS = {
                 target_update_interval=500,
             ),
         ),
+    ),
+    "double_dqn CartPole-v1": Comparison("algos/double_dqn.py", 50_000, CARTPOLE_DQN),
+    "dueling_dqn CartPole-v1": Comparison("algos/dueling_dqn.py", 50_000, CARTPOLE_DQN | dict(hidden_sizes=[120, 42])),
+    "prioritized_dqn CartPole-v1": Comparison(
+        "algos/prioritized_dqn.py", 50_000, CARTPOLE_DQN | dict(beta_steps=50_000)
     ),
     "ppo CartPole-v1": Comparison(
         "algos/ppo.py",
