@@ -2,7 +2,7 @@
 
     python benchmark/figures.py                          list the names of the figures
     python benchmark/figures.py random_walk gambler      draw these two
-    python benchmark/figures.py all                      draw every figure; takes about ten minutes
+    python benchmark/figures.py all                      draw every figure; takes about 20 minutes
 
 The numbers are those of Sutton & Barto (2018), "Reinforcement Learning: An Introduction", second edition.
 A figure is a function below that takes no argument and returns a matplotlib Figure; its name is the argument to pass.
@@ -26,6 +26,8 @@ matplotlib.use("Agg")
 
 import actor_critic
 import bandits
+import double_dqn
+import dqn
 import dyna_q
 import matplotlib.pyplot as plt
 import monte_carlo
@@ -39,6 +41,7 @@ import sarsa
 import semi_gradient_sarsa
 import value_iteration
 from matplotlib.figure import Figure
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 FOLDER = Path(__file__).resolve().parent / "figures"
 
@@ -583,7 +586,35 @@ def continuous_bandit(runs: int = 5) -> Figure:
     return figure
 
 
-# --- prioritised replay -----------------------------------------------------------------------------------------------
+# --- DQN: over-estimation, prioritised replay -------------------------------------------------------------------------
+
+
+def max_q_in_training(script, seed: int) -> np.ndarray:
+    """(environment steps, mean of max_a Q), (points, 2), while `dqn` or `double_dqn` learns CartPole-v1.
+
+    Their minibatches are drawn uniformly from a memory of 10,000 transitions, so `charts/max_q` is the mean over the
+    last 10,000 visited states.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        script.train(script.Args(seed=seed, device="cpu", eval_every=0, eval_episodes=1, run_dir=folder))
+        events = EventAccumulator(folder, size_guidance={"scalars": 0}).Reload()
+        return np.array([(event.step, event.value) for event in events.Scalars("charts/max_q")])
+
+
+def overestimation(runs: int = 3) -> Figure:
+    """The values that DQN and Double DQN expect of the last visited states while they learn CartPole-v1."""
+    figure, axes = plt.subplots(figsize=(7, 4.3), layout="constrained")
+    for name, script in (("DQN", dqn), ("Double DQN", double_dqn)):
+        curves = np.array([max_q_in_training(script, seed) for seed in range(1, runs + 1)])
+        steps, values = curves[0, :, 0], curves[:, :, 1]
+        print(f"{name}: mean of max Q at most {values.mean(axis=0).max():.0f}, at the end {values[:, -1].mean():.1f}")
+        (line,) = axes.plot(steps, values.mean(axis=0), label=name, linewidth=1.2)
+        axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=line.get_color(), alpha=0.2, linewidth=0)
+    axes.axhline(100, color="black", linestyle="--", linewidth=1, label="1/(1 - γ), which no policy exceeds")
+    axes.set(xlabel="environment steps", ylabel="mean of max Q over the last 10,000 states", xlim=(0, 500_000))
+    axes.set_title(f"CartPole-v1: mean of {runs} runs, least to greatest")
+    axes.legend()
+    return figure
 
 
 def blind_cliff(n: int) -> tuple[prioritized_dqn.PrioritizedReplay, np.ndarray]:
@@ -618,6 +649,21 @@ def updates_until_learnt(n: int, prioritized: bool, seed: int) -> int:
         if prioritized:
             buffer.prioritize(j, delta)
     return updates
+
+
+def blind_cliffwalk(runs: int = 7, largest: int = 13) -> Figure:
+    """Schaul et al. (2016), section 3.1: updates until Q-learning from a replay memory knows the blind cliffwalk."""
+    figure, axes = plt.subplots(figsize=(6.5, 4.3), layout="constrained")
+    lengths = range(2, largest + 1)
+    for name, prioritized in (("uniform", False), ("prioritised, α = 0.6", True)):
+        counts = [[updates_until_learnt(n, prioritized, seed) for seed in range(runs)] for n in lengths]
+        medians = np.median(counts, axis=1)
+        print(f"{name}: {dict(zip(lengths, medians.astype(int).tolist()))}")
+        axes.loglog([2 ** (n + 1) - 2 for n in lengths], medians, "o-", label=name, markersize=4, linewidth=1.2)
+    axes.set(xlabel="transitions in the memory, of which one has a reward", ylabel="updates")
+    axes.set_title(f"Blind cliffwalk of 2 to {largest} states: median of {runs} runs")
+    axes.legend()
+    return figure
 
 
 # --- matrix games: what QMIX can represent ----------------------------------------------------------------------------
