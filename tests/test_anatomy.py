@@ -148,6 +148,8 @@ def lengths(script: str) -> tuple[int, int]:
         return (395, 875) if "class TeamRollout" in words else (305, 770)
     if "class Rollout" in words or "class FrameReplay" in words:
         return 290, 825 if "distributed" in words else 695
+    if "class Hindsight" in words:  # two learners, and environments with goals
+        return 290, 735
     return (240, 585) if "class ReplayBuffer" in words else (195, 525)
 
 
