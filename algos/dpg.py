@@ -5,9 +5,8 @@
 """COPDAC-Q: the compatible off-policy deterministic actor-critic of the deterministic policy gradient (DPG).
 
 Paper   Silver, Lever, Heess, Degris, Wierstra & Riedmiller, 2014. https://proceedings.mlr.press/v32/silver14.pdf
-Notes   "DPG (2014)"; the notes have formulas only: pics/dpg_1.png is the stochastic policy gradient, pics/dpg_2.png the
-        deterministic one, pics/dpg_3.png the step that line 9 takes; the lines are the paper's section 4.3, equations
-        20 to 23, in a loop
+Notes   "DPG (2014)", formulas only: pics/dpg_1.png is the stochastic policy gradient, pics/dpg_2.png the deterministic
+        one, pics/dpg_3.png the step of line 9; the lines are equations 20 to 23 of the paper's section 4.3, in a loop
 Run     python algos/dpg.py --env-id Pendulum-v1
 
      1  initialise the weights θ of the policy μ_θ, w and v
@@ -25,10 +24,9 @@ Run     python algos/dpg.py --env-id Pendulum-v1
 
 Beyond the pseudo-code: φ(s) is tile coding, 1 for the tile of each tiling that contains s and 0 elsewhere, and μ_θ is
 linear in it, as in the paper's section 5.2. So φ(s, a) of line 6 has the values a - μ_θ(s) at these tiles, and line 9
-climbs the slope ∇_a Q^w(s, a) = ∇_θ μ_θ(s)ᵀ w. Step sizes are divided by the number of tilings. Actions are clipped to
-their range only where they are executed. A time limit ends an episode without making s' terminal, so line 8 still
-bootstraps from it. The notes call DPG off-policy, but their pictures average over the states of the policy itself;
-off-policy, as here, the states are those of β.
+climbs the slope ∇_a Q^w(s, a) = ∇_θ μ_θ(s)ᵀ w. Actions are clipped to their range only where they are executed. A time
+limit ends an episode without making s' terminal, so line 8 still bootstraps from it. The notes call DPG off-policy, but
+their pictures average over the states of the policy itself; off-policy, as here, the states are those of β.
 
 Result  being measured. The paper's bandit with 50 dimensions, whose critic is fitted by least squares: a cost of 0.14
         after 5,000 pulls: benchmark/figures/continuous_bandit.png
@@ -118,8 +116,7 @@ class COPDACQ:
     """μ_θ and Q^w with their weights θ, w (action_dim, tiles) and v (tiles,); a state x is its tiles' indices."""
 
     def __init__(self, num_weights: int, action_dim: int, args: Args):
-        self.args = args
-        self.rng = np.random.default_rng(args.seed)
+        self.args, self.rng = args, np.random.default_rng(args.seed)
         self.theta, self.w = np.zeros((2, action_dim, num_weights))  # line 1
         self.v = np.zeros(num_weights)
 
