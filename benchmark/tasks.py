@@ -384,6 +384,38 @@ TASKS = [  # the first task of a script is the one that README shows
         seeds=1,
         minutes=130,
     ),
+    # --- her ----------------------------------------------------------------------------------------------------------
+    Task(
+        "her__BitFlipping-v0",
+        "algos/her.py",
+        "",
+        -6.48,
+        "an independent program: success in at least 98 % of episodes by step 72,000",
+        seeds=5,
+        evaluations=1,
+        note="The optimum is -6.31, an episode without success -15: -6.48 is the mean of 98 % and 2 % of these.",
+    ),
+    Task(
+        "her__BitFlipping-v0_without_HER",
+        "algos/her.py",
+        "--k 0",
+        -15,
+        "no success in any episode; Andrychowicz et al.: DQN without HER fails from 14 bits on",
+        seeds=5,
+        evaluations=1,
+        record=True,
+        note="a record: what is left of the task above without goals in hindsight.",
+    ),
+    Task(
+        "her__FetchReach-v4",
+        "algos/her.py",
+        "--env-id FetchReach-v4 --total-timesteps 20000 --episodes-per-cycle 2 --batch-size 256 "
+        "--hidden-sizes 256 256 256 --eval-every 4000 --eval-episodes 100",
+        -4,
+        "rl-baselines3-zoo, TQC with HER: -1.66 ± 0.87 after 20,000 steps; success in 95 % of episodes",
+        seeds=5,
+        note="An episode without success has -50: with 5 % of them and -1.66 in the others, the mean is -4.1.",
+    ),
     # --- dqn ----------------------------------------------------------------------------------------------------------
     Task(
         "dqn__CartPole-v1",
