@@ -253,6 +253,23 @@ TASKS = [  # the first task of a script is the one that README shows
         "gymnasium: the reward threshold of CartPole-v0",
         seeds=5,
     ),
+    # --- dpg ----------------------------------------------------------------------------------------------------------
+    Task(
+        "dpg__Pendulum-v1",
+        "algos/dpg.py",
+        "",
+        -200,
+        "rl-baselines3-zoo, DDPG: -152.1 ± 94.3 after 20,000 steps",
+        seeds=5,
+    ),
+    Task(
+        "dpg__MountainCarContinuous-v0",
+        "algos/dpg.py",
+        "--env-id MountainCarContinuous-v0",
+        90,
+        "gymnasium: the environment's own reward threshold",
+        seeds=5,
+    ),
     # --- ddpg ---------------------------------------------------------------------------------------------------------
     Task(
         "ddpg__Pendulum-v1",
@@ -303,23 +320,6 @@ TASKS = [  # the first task of a script is the one that README shows
         record=True,
         note="A record beside td3's task of the same name: this run has a twentieth of the steps of the published one.",
         minutes=5,
-    ),
-    # --- dpg ----------------------------------------------------------------------------------------------------------
-    Task(
-        "dpg__Pendulum-v1",
-        "algos/dpg.py",
-        "",
-        -200,
-        "rl-baselines3-zoo, DDPG: -152.1 ± 94.3 after 20,000 steps",
-        seeds=5,
-    ),
-    Task(
-        "dpg__MountainCarContinuous-v0",
-        "algos/dpg.py",
-        "--env-id MountainCarContinuous-v0",
-        90,
-        "gymnasium: the environment's own reward threshold",
-        seeds=5,
     ),
     # --- td3 ----------------------------------------------------------------------------------------------------------
     Task(
@@ -404,7 +404,7 @@ TASKS = [  # the first task of a script is the one that README shows
         seeds=5,
         evaluations=1,
         record=True,
-        note="a record: what is left of the task above without goals in hindsight.",
+        note="a record: the task above without goals in hindsight.",
     ),
     Task(
         "her__FetchReach-v4",
