@@ -72,7 +72,7 @@ class Args:
     rho: float = 0.995
     """weight of the old targets in their Polyak averaging, ρ of line 15"""
     learning_rate: float = 3e-4
-    """learning rate of Adam, for the policy and the Q-function"""
+    """learning rate of Adam, for the policy and the Q-function; the paper: 1e-4 and 1e-3"""
     batch_size: int = 256
     """transitions in the batch of one update, |B| of line 11"""
     buffer_size: int = 1_000_000
@@ -123,7 +123,7 @@ class Policy(nn.Module):
 
 
 class Q(nn.Module):
-    """Q_φ: observations (batch, obs_dim) and, from layer 2 on, actions (batch, action_dim) -> values (batch,)."""
+    """Q_φ: observations (batch, obs_dim) and, as in the paper at layer 2, actions (batch, action_dim) -> (batch,)."""
 
     def __init__(self, obs_dim: int, action_dim: int, norm: type[nn.Module], units: int):
         super().__init__()

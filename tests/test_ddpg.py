@@ -329,6 +329,18 @@ def test_line_8_resets_the_noise_at_each_episode(tmp_path, monkeypatch):
     assert [noise == 0 for noise in noises[:40]] == [time == 0 or i == 0 for i, time in enumerate(times)]
 
 
+def test_a_resumed_run_goes_on_with_other_seeds_of_the_environment(tmp_path, monkeypatch):
+    seeds, spaces = [], []
+    reset, seed = Recorder.reset, Box.seed
+    monkeypatch.setattr(Recorder, "reset", lambda env, seed=None, **more: seeds.append(seed) or reset(env, seed=seed))
+    monkeypatch.setattr(Box, "seed", lambda box, number=None: spaces.append(number) or seed(box, number))
+    settings = SHORT | dict(seed=100, run_dir=str(tmp_path))
+    ddpg.train(ddpg.Args("RecorderForDDPG-v0", **settings))
+    ddpg.train(ddpg.Args("RecorderForDDPG-v0", **settings | dict(total_timesteps=90, resume=str(tmp_path))))
+    assert [seed for seed in seeds if seed is not None and seed < 10_000] == [100, 160], "those of evaluations left out"
+    assert [number for number in spaces if number is not None] == [100, 160]
+
+
 @pytest.mark.parametrize("batch_norm, updates", [(False, 400), (True, 1_200)])
 def test_learns_where_the_best_action_is_known(batch_norm, updates):
     """One step, reward -(a - s)² with a in [-1, 1]: the best action is s."""

@@ -86,7 +86,7 @@ def test_log_pi_is_the_log_density_of_the_action_in_minus_one_to_one():
 
 
 def test_the_density_integrates_to_one(monkeypatch):
-    x = torch.linspace(-0.99999, 0.99999, 200_001, dtype=torch.float64)
+    x = torch.linspace(-0.99999, 0.99999, 20_001, dtype=torch.float64)
     mean, std = 0.4, 0.6
     monkeypatch.setattr(torch, "randn_like", lambda _: ((torch.atanh(x) - mean) / std).unsqueeze(1))
     _, log_pi = constant_policy([mean], [math.log(std)], [-1.0], [1.0]).double()(torch.zeros(len(x), 3).double())
@@ -333,6 +333,18 @@ def test_lines_4_to_15_in_their_order_from_learning_starts_on(tmp_path, monkeypa
     assert [value for _, value in logged["charts/alpha"]][0] == 1 and logged["charts/alpha"][-1][1] < 1
     assert 0 < np.mean([value for _, value in logged["charts/entropy"]]) < math.log(2)
     assert {"losses/q", "losses/policy", "losses/alpha"} <= logged.keys()
+
+
+def test_a_resumed_run_goes_on_with_other_seeds_of_the_environment(tmp_path, monkeypatch):
+    seeds, spaces = [], []
+    reset, seed = Recorder.reset, Box.seed
+    monkeypatch.setattr(Recorder, "reset", lambda env, seed=None, **more: seeds.append(seed) or reset(env, seed=seed))
+    monkeypatch.setattr(Box, "seed", lambda box, number=None: spaces.append(number) or seed(box, number))
+    settings = SHORT | dict(seed=100, run_dir=str(tmp_path))
+    sac.train(sac.Args("RecorderForSAC-v0", **settings))
+    sac.train(sac.Args("RecorderForSAC-v0", **settings | dict(total_timesteps=90, resume=str(tmp_path))))
+    assert [seed for seed in seeds if seed is not None and seed < 10_000] == [100, 160], "those of evaluations left out"
+    assert [number for number in spaces if number is not None] == [100, 160]
 
 
 def test_a_resumed_run_keeps_its_temperature(tmp_path):
