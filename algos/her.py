@@ -35,10 +35,10 @@ Run     python algos/her.py --env-id BitFlipping-v0
 
 Beyond the pseudo-code: S takes k goals at random from those achieved in later states of the episode (future), in its
 last state (final), in all its states (episode), or in all states so far (random). As in the paper's appendix, line 15
-comes after every 16 episodes, and then the targets are averaged; y is clipped to the values that are possible with the
-rewards; line 6 takes a uniformly random action with probability ε, else the greedy action or that of μ with noise. The
-environment computes r and d for each goal: in BitFlipping-v0, d is 1 where the goal is reached, in the paper nowhere.
-The paper also normalises observations, penalises large inputs of the policy's tanh, and evaluates the target networks.
+comes after every 16 episodes, and then the targets are averaged; y is clipped to the range of possible returns; line 6
+takes a uniformly random action with probability ε, else the greedy action or that of μ with noise. The environment
+computes r and d for each goal: in BitFlipping-v0, d is 1 where the goal is reached, in the paper nowhere. The paper
+also normalises observations, penalises large inputs of the policy's tanh, and evaluates the target networks.
 
 Result  being measured
 """
@@ -82,10 +82,10 @@ class Args:
     """additional goals for each transition, the size of G in line 11; with 0 there is no hindsight"""
     gamma: float = 0.98
     """discount factor, γ of lines D1 and P1"""
-    reward_low: float = -1.0
-    """least reward: y is at least reward_low / (1 - γ)"""
-    reward_high: float = 0.0
-    """greatest reward: y is at most reward_high / (1 - γ)"""
+    y_low: float = -50.0
+    """least possible return, to which y is clipped: for a reward of -1 at each step, -1 / (1 - γ)"""
+    y_high: float = 0.0
+    """greatest possible return, to which y is clipped"""
     learning_rate: float = 1e-3
     """learning rate of Adam"""
     batch_size: int = 128
@@ -145,7 +145,8 @@ class DQN:
 
     def update(self, s, a, r, s2, d) -> dict:
         with torch.no_grad():
-            y = clipped(r + self.args.gamma * (1 - d) * self.q_targ(s2).amax(dim=1), self.args)  # line D1
+            y = r + self.args.gamma * (1 - d) * self.q_targ(s2).amax(dim=1)  # line D1
+            y = y.clamp(self.args.y_low, self.args.y_high)
         q_loss = (self.q(s).gather(1, a.long()).squeeze(1) - y).square().mean()  # line D2
         self.optimizer.zero_grad()
         q_loss.backward()
@@ -181,7 +182,8 @@ class DDPG:
     def update(self, s, a, r, s2, d) -> dict:
         with torch.no_grad():
             q2 = self.q_targ(torch.cat([s2, self.policy_targ(s2)], dim=1)).squeeze(1)
-            y = clipped(r + self.args.gamma * (1 - d) * q2, self.args)  # line P1
+            y = r + self.args.gamma * (1 - d) * q2  # line P1
+            y = y.clamp(self.args.y_low, self.args.y_high)
         q_loss = (self.q(torch.cat([s, a], dim=1)).squeeze(1) - y).square().mean()  # line P2
         self.q_optimizer.zero_grad()
         q_loss.backward()
@@ -195,11 +197,6 @@ class DDPG:
     def update_targets(self):
         polyak(self.q_targ, self.q, self.args.rho)
         polyak(self.policy_targ, self.policy, self.args.rho)
-
-
-def clipped(y: torch.Tensor, args: Args) -> torch.Tensor:
-    """y (batch,) within the discounted sums that are possible with the rewards."""
-    return y.clamp(args.reward_low / (1 - args.gamma), args.reward_high / (1 - args.gamma))
 
 
 @torch.no_grad()
@@ -245,11 +242,11 @@ class Hindsight:
 
 def train(args: Args) -> dict:
     """Train, evaluate, and return what <run_dir>/result.json holds."""
-    check(args, k=(0, math.inf), gamma=(0, 0.9999), learning_rate=(0, math.inf), rho=(0, 1))
+    check(args, k=(0, math.inf), gamma=(0, 1), learning_rate=(0, math.inf), rho=(0, 1))
     check(args, buffer_size=(1, math.inf), batch_size=(1, args.buffer_size), hidden_sizes=(1, math.inf))
     check(args, episodes_per_cycle=(1, math.inf), updates_per_cycle=(1, math.inf))
     check(args, epsilon=(0, 1), exploration_noise=(0, math.inf))
-    check(args, reward_low=(-math.inf, args.reward_high), reward_high=(-math.inf, math.inf))
+    check(args, y_low=(-math.inf, args.y_high), y_high=(-math.inf, math.inf))
     env = make_goal_env(args)
     device = set_up_torch(args)
     discrete = isinstance(env.action_space, gym.spaces.Discrete)
