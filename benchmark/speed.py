@@ -83,7 +83,7 @@ COMPARISONS = {
         dict(env_id="HalfCheetah-v4", learning_starts=1_000),
         sb3=("TD3", "HalfCheetah-v4", HALF_CHEETAH | {"policy_kwargs": None}),
     ),
-    "ddpg HalfCheetah-v4": Comparison(  # with --policy-frequency 1, CleanRL updates policy and targets at every step, too
+    "ddpg HalfCheetah-v4": Comparison(  # by its policy frequency, CleanRL updates the policy at every step, too
         "algos/ddpg.py",
         4_000,
         dict(env_id="HalfCheetah-v4", learning_starts=1_000),
