@@ -66,9 +66,9 @@ class Args:
     """a gymnasium environment with Discrete observations and actions, or the book's RandomWalk-v0"""
     env_kwargs: str = "{}"
     """arguments of the environment, as JSON"""
-    total_timesteps: int = 50_000
+    total_timesteps: int = 100_000
     """environment steps"""
-    alpha: float = 0.1
+    alpha: float = 0.02
     """step size, α of line 14"""
     gamma: float = 1.0
     """discount factor, γ of lines 12 and 13"""
@@ -81,7 +81,7 @@ class Args:
     """seed of the exploration and the environment"""
     run_dir: str = ""
     """folder of log, checkpoint and result; if empty, runs/<env>__<script>__<seed>__<time>"""
-    eval_every: int = 2_500
+    eval_every: int = 5_000
     """environment steps between evaluations; 0 evaluates at the end only"""
     eval_episodes: int = 10
     """episodes per evaluation, with the greedy policy"""
