@@ -573,7 +573,6 @@ TASKS = [  # the first task of a script is the one that README shows
         -14,
         "between random play, -27, and a script, -9.3, both measured per agent",
         unit="per agent",
-        note="Measured before PopArt rescaled at its first update; to be measured again.",
     ),
     Task(
         "mappo__simple_spread_recurrent",
@@ -594,7 +593,6 @@ TASKS = [  # the first task of a script is the one that README shows
         -15,
         "between random play, -43, and a script, -8.3, both measured per agent",
         unit="per agent",
-        note="Measured before PopArt rescaled at its first update; to be measured again.",
     ),
     Task(
         "mappo__climbing",
