@@ -125,9 +125,9 @@ FITS = {  # environment -> scripts that train in it
     "RewardOfOneElementInCells": "q_learning sarsa double_q_learning n_step_sarsa dyna_q",
     "NumpyScalars": "dqn ppo reinforce actor_critic semi_gradient_sarsa",
     "IntegerRewardAndFlags": "dqn ppo reinforce actor_critic semi_gradient_sarsa",
-    "SameArray": "dqn ppo reinforce actor_critic semi_gradient_sarsa",
-    "SameArrayContinuous": "td3 ppo",
-    "Float64Actions": "td3 ppo",
+    "SameArray": "dqn prioritized_dqn ppo reinforce actor_critic semi_gradient_sarsa",
+    "SameArrayContinuous": "td3 ddpg sac ppo",
+    "Float64Actions": "td3 ddpg sac ppo",
     "UnboundedActions": "ppo",
     "ManyChoices": "ppo",
     "RaisesInClose": "dqn ppo reinforce actor_critic semi_gradient_sarsa",
@@ -135,7 +135,7 @@ FITS = {  # environment -> scripts that train in it
     "EndsAtOnce": "dqn ppo reinforce actor_critic semi_gradient_sarsa",
 }
 REFUSED = {  # environment -> scripts that refuse it, and a word of their line
-    "UnboundedActions": ("td3", "bounded vector actions"),
+    "UnboundedActions": ("td3 ddpg sac", "bounded vector actions"),
     "ActionsFromOne": ("dqn ppo reinforce actor_critic semi_gradient_sarsa", "start=1"),
     "CellsFromOne": ("q_learning sarsa double_q_learning n_step_sarsa dyna_q", "start=1"),
     "Matrix": ("dqn td3 ppo reinforce actor_critic semi_gradient_sarsa", "(2, 2)"),
