@@ -469,8 +469,8 @@ def test_bit_flipping_can_be_seen():
 
 
 def test_learns_to_flip_bits_in_hindsight(tmp_path):
-    settings = dict(total_timesteps=6_000, eval_every=0, eval_episodes=50, hidden_sizes=[64], device="cpu")
-    her.train(her.Args(env_kwargs='{"n": 6}', run_dir=str(tmp_path), **settings))
+    settings = dict(total_timesteps=2_500, eval_every=0, eval_episodes=50, hidden_sizes=[64], device="cpu")
+    her.train(her.Args(env_kwargs='{"n": 5}', run_dir=str(tmp_path), **settings))
     assert scalars(tmp_path)["eval/success"][-1][1] > 0.9
 
 
