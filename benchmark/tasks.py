@@ -416,6 +416,28 @@ TASKS = [  # the first task of a script is the one that README shows
         seeds=5,
         note="An episode without success has -50: with 5 % of them and -1.66 in the others, the mean is -4.1.",
     ),
+    Task(
+        "her__PointMaze_UMaze-v3",
+        "algos/her.py",
+        "--env-id PointMaze_UMaze-v3 --env-kwargs '{\"continuing_task\": false}' --total-timesteps 200000 "
+        "--episodes-per-cycle 1 --updates-per-cycle 60 --batch-size 256 --y-low 0 --y-high 1 "
+        "--hidden-sizes 256 256 --eval-every 10000 --eval-episodes 100",
+        0.9,
+        "a mark of our own: the goal is reached in 90 % of episodes",
+        record=True,
+        note="a record: an episode ends at the goal, with a return of 1.",
+    ),
+    Task(
+        "her__PointMaze_UMaze-v3_without_HER",
+        "algos/her.py",
+        "--env-id PointMaze_UMaze-v3 --env-kwargs '{\"continuing_task\": false}' --total-timesteps 200000 "
+        "--episodes-per-cycle 1 --updates-per-cycle 60 --batch-size 256 --y-low 0 --y-high 1 "
+        "--hidden-sizes 256 256 --eval-every 10000 --eval-episodes 100 --k 0",
+        0.9,
+        "a mark of our own: the goal is reached in 90 % of episodes",
+        record=True,
+        note="a record: the one above without goals in hindsight.",
+    ),
     # --- dqn ----------------------------------------------------------------------------------------------------------
     Task(
         "dqn__CartPole-v1",
