@@ -42,8 +42,8 @@ the same. In Atari the paper's trunk is convolutional and each stream has 512 un
 that enters the trunk by 1/√2 and clips gradient norms at 10, which this script does not. The gain that the paper
 reports grows with the number of actions; with two, as in CartPole-v1, none is to be expected.
 
-Result  CartPole-v1 by the command above: 500, the maximum, in 3 of 5 seeds, 431 and 330 in the others (means of the last
-        three evaluations)
+Result  CartPole-v1 by the command above: 500, the maximum, in 3 of 5 seeds, 431 and 330 in the others (means of the
+        last three evaluations)
 """
 
 import contextlib
