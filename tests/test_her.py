@@ -353,6 +353,20 @@ def test_ddpg_acts_with_noise_or_uniformly_within_its_bounds():
     assert share == pytest.approx(0.3, abs=0.03)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("make, actions", [(dqn, CHOICES), (ddpg, MOVES)])
+def test_the_compiled_update_is_the_update(make, actions):
+    one, compiled = make(), make()
+    update = torch.compile(compiled.update, mode="reduce-overhead")
+    for _ in range(3):
+        expected, logged = one.update(*batch(actions)), update(*batch(actions))
+        assert logged.keys() == expected.keys()
+        assert all(torch.allclose(logged[tag], expected[tag], atol=1e-5) for tag in expected)
+    for name in ("q", "policy")[: 1 + hasattr(one, "policy")]:
+        pairs = zip(parameters(getattr(compiled, name)), parameters(getattr(one, name)))
+        assert all(torch.allclose(mine, expected, atol=1e-5) for mine, expected in pairs)
+
+
 # --- the loop ---------------------------------------------------------------------------------------------------------
 
 SHORT = dict(hidden_sizes=[8], batch_size=8, eval_every=0, eval_episodes=2, device="cpu")
