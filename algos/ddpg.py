@@ -32,8 +32,8 @@ each episode. The defaults are TD3's: see `diff algos/td3.py algos/ddpg.py`. Wit
 weights and the clipped gradient of line 13 are those of the slides' code ("Implementing DDPG"); lines 13 and 14 use the
 batch's mean and variance, lines 4 and 12 running ones, which line 15 copies to the targets, unlike the slides.
 
-Result  Pendulum-v1 after 20k steps by the command above: -135 in the mean of 5 seeds (-138 to -133). Other environments:
-        benchmark/RESULTS.md
+Result  Pendulum-v1 after 20k steps by the command above: -135 in the mean of 5 seeds (-138 to -133). Other
+        environments: benchmark/RESULTS.md
 """
 
 import contextlib

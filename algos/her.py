@@ -40,8 +40,8 @@ takes a uniformly random action with probability ε, else the greedy action or t
 computes r and d for each goal: in BitFlipping-v0, d is 1 where the goal is reached, in the paper nowhere. The paper
 also normalises observations, penalises large inputs of the policy's tanh, and evaluates the target networks.
 
-Result  BitFlipping-v0 with 15 bits by the command above: -6.31 in 5 of 5 seeds, which is success in every episode by the
-        shortest way. Other environments: benchmark/RESULTS.md
+Result  BitFlipping-v0 with 15 bits by the command above: -6.31 in 5 of 5 seeds, which is success in every episode by
+        the shortest way. Other environments: benchmark/RESULTS.md
 """
 
 import contextlib
