@@ -31,14 +31,15 @@ Run     python algos/her.py --env-id BitFlipping-v0
                 or a step of DDPG:
     P1              y = r + γ (1 - d) Q_targ(s'‖g, μ_targ(s'‖g))
     P2              descend ∇_φ mean_B (Q_φ(s‖g, a) - y)²
-    P3              ascend ∇_θ mean_B Q_φ(s‖g, μ_θ(s‖g))
+    P3              ascend ∇_θ mean_B (Q_φ(s‖g, μ_θ(s‖g)) - c |u|²), where μ_θ(s‖g) = tanh u
 
 Beyond the pseudo-code: S takes k goals at random from those achieved in later states of the episode (future), in its
 last state (final), in all its states (episode), or in all states so far (random). As in the paper's appendix, line 15
 comes after every 16 episodes, and then the targets are averaged; y is clipped to the range of possible returns; line 6
 takes a uniformly random action with probability ε, else the greedy action or that of μ with noise. The environment
-computes r and d for each goal: in BitFlipping-v0, d is 1 where the goal is reached, in the paper nowhere. The paper
-also normalises observations, penalises large inputs of the policy's tanh, and evaluates the target networks.
+computes r and d for each goal: in BitFlipping-v0, d is 1 where the goal is reached, in the paper nowhere. The penalty
+c |u|² of the appendix keeps the policy's tanh from saturating; the mean is over the elements of u, too. The paper also
+normalises observations and evaluates the target networks.
 
 Result  BitFlipping-v0 with 15 bits by the command above: -6.31 in 5 of 5 seeds, which is success in every episode by
         the shortest way. Other environments: benchmark/RESULTS.md
@@ -103,6 +104,8 @@ class Args:
     """probability of a uniformly random action, ε, in line 6"""
     exploration_noise: float = 0.1
     """standard deviation of the noise of μ in line 6, as a fraction of half the action range"""
+    tanh_penalty: float = 1.0
+    """weight of the penalty on the inputs of μ's tanh, c of line P3"""
     hidden_sizes: list[int] = field(default_factory=lambda: [256])
     """widths of the hidden layers"""
 
@@ -189,7 +192,9 @@ class DDPG:
         self.q_optimizer.zero_grad()
         q_loss.backward()
         self.q_optimizer.step()
-        policy_loss = -self.q(torch.cat([s, self.policy(s)], dim=1)).mean()  # line P3
+        u = self.policy[0](s)  # the inputs of the tanh
+        objective = self.q(torch.cat([s, u.tanh()], dim=1)).mean() - self.args.tanh_penalty * u.square().mean()
+        policy_loss = -objective  # line P3
         self.policy_optimizer.zero_grad()
         policy_loss.backward(inputs=list(self.policy.parameters()))  # no gradients for the Q-function
         self.policy_optimizer.step()
@@ -246,7 +251,7 @@ def train(args: Args) -> dict:
     check(args, k=(0, math.inf), gamma=(0, 1), learning_rate=(0, math.inf), rho=(0, 1))
     check(args, buffer_size=(1, math.inf), batch_size=(1, args.buffer_size), hidden_sizes=(1, math.inf))
     check(args, episodes_per_cycle=(1, math.inf), updates_per_cycle=(1, math.inf))
-    check(args, epsilon=(0, 1), exploration_noise=(0, math.inf))
+    check(args, epsilon=(0, 1), exploration_noise=(0, math.inf), tanh_penalty=(0, math.inf))
     check(args, y_low=(-math.inf, args.y_high), y_high=(-math.inf, math.inf))
     env = make_goal_env(args)
     device = set_up_torch(args)

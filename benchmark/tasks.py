@@ -595,6 +595,7 @@ TASKS = [  # the first task of a script is the one that README shows
         -14,
         "between random play, -27, and a script, -9.3, both measured per agent",
         unit="per agent",
+        minutes=14,
     ),
     Task(
         "mappo__simple_spread_recurrent",
@@ -606,7 +607,7 @@ TASKS = [  # the first task of a script is the one that README shows
         unit="per agent",
         record=True,
         note="A record: how far the GRUs of the picture come in the steps of the run without them.",
-        minutes=20,
+        minutes=32,
     ),
     Task(
         "mappo__simple_speaker_listener",

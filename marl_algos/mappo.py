@@ -86,7 +86,7 @@ class Args:
     """r of line 10, the mean or the sum of the agents' rewards, or each agent's own"""
     max_episode_steps: int = 1_000
     """steps after which an episode is truncated"""
-    total_timesteps: int = 1_250_000
+    total_timesteps: int = 2_000_000
     """environment steps of all copies together; in one step all agents act"""
     num_envs: int = 32
     """parallel copies of the environment, batch_size of line 4"""

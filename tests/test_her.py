@@ -285,8 +285,11 @@ MOVES = torch.rand(64, 2, generator=torch.Generator().manual_seed(2)) * 2 - 1
 
 @pytest.mark.parametrize("low, high, extremes", [(-1000.0, 1000.0, False), (-0.5, 0.2, True)])
 def test_ddpg_lines_p1_to_p3(low, high, extremes):
-    """Line P3 climbs Q after its step of line P2, and leaves Q alone."""
-    agent, (s, a, r, s2, d) = ddpg(gamma=0.9, y_low=low, y_high=high, learning_rate=0.01), batch(MOVES)
+    """Line P3 climbs Q less the penalty on the inputs of the tanh, after its step of line P2, and leaves Q alone."""
+    agent, (s, a, r, s2, d) = (
+        ddpg(gamma=0.9, y_low=low, y_high=high, learning_rate=0.01, tanh_penalty=0.3),
+        batch(MOVES),
+    )
     q, policy, targets = (
         copy.deepcopy(agent.q),
         copy.deepcopy(agent.policy),
@@ -303,7 +306,8 @@ def test_ddpg_lines_p1_to_p3(low, high, extremes):
         q_optimizer.zero_grad()
         q_loss.backward()
         q_optimizer.step()
-        policy_loss = -q(torch.cat([s, policy(s)], dim=1)).mean()
+        u = policy[0](s)  # two elements for each s‖g
+        policy_loss = -q(torch.cat([s, torch.tanh(u)], dim=1)).mean() + 0.3 * (u**2).sum() / (64 * 2)
         policy_optimizer.zero_grad()
         policy_loss.backward()
         policy_optimizer.step()
