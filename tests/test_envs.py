@@ -9,13 +9,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import load, scalars, small_args
+from conftest import ROOT, load, scalars, small_args
 from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete, Sequence, Tuple
 from mpe2 import simple_spread_v3
 from pettingzoo import ParallelEnv
 from pettingzoo.test import parallel_api_test, parallel_seed_test
 from pettingzoo.utils import AssertOutOfBoundsWrapper, BaseWrapper, OrderEnforcingWrapper, aec_to_parallel
 
+SCRIPTS = [path.stem for path in sorted((ROOT / "marl_algos").glob("*.py"))]
 qmix = load("marl_algos/qmix.py")
 
 
@@ -423,11 +424,16 @@ def play_on(team, steps=1):
     return team
 
 
+def two_episodes(module) -> dict:
+    """The settings for a minibatch of two episodes, in the scripts that replay episodes."""
+    return {"batch_size": 2} if hasattr(module, "EpisodeReplay") else {}
+
+
 def train_small(script, folder, **changes):
     """Train on the stub; returns the result."""
     module = load(f"marl_algos/{script}.py")
     given = small_args(f"marl_algos/{script}.py", total_timesteps=100, env_id="stub", run_dir=str(folder / script))
-    return module.train(module.Args(**given | ({"batch_size": 2} if script == "qmix" else {}) | changes))
+    return module.train(module.Args(**given | two_episodes(module) | changes))
 
 
 def test_a_state_that_fails_later_stays_at_the_last_good_one(stub):
@@ -593,7 +599,7 @@ def test_whatever_a_constructor_raises_is_one_line(stub, error, capsys):
     assert stop.value.code == 2 and line.count("\n") == 1 and (str(error) or "RuntimeError").split("\n")[-1] in line
 
 
-@pytest.mark.parametrize("script", ["qmix", "mappo"])
+@pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("what", ["obs", "reward", "state"])
 def test_numbers_that_are_not_finite_end_a_run_with_one_line(stub, script, what, tmp_path, capsys):
     bad = lambda env: np.nan if env.t == 3 and type(env).made > 6 else 1.0  # noqa: E731
@@ -616,7 +622,7 @@ def test_a_first_observation_that_is_not_finite_is_one_line(stub, capsys):
     assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
-@pytest.mark.parametrize("script", ["qmix", "mappo"])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_episodes_that_never_end_are_cut_and_one_line_says_so(stub, script, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(load(f"marl_algos/{script}.py").Team, "has_cut", False)
     stub(args=True, flags=lambda env, agents: ({}, {}), left=lambda env, agents, *flags: agents)
@@ -648,7 +654,7 @@ def test_an_environment_that_cannot_close_has_been_evaluated(stub):
     assert qmix.evaluate_team(lambda team, memory, explore: (legal_actions(team), None), team, 3) == [5.0] * 3
 
 
-@pytest.mark.parametrize("script", ["qmix", "mappo"])
+@pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("case", ["no moviepy", "no render_mode", "no picture"])
 def test_what_cannot_be_filmed_is_known_before_training(stub, script, case, tmp_path, capsys, monkeypatch):
     if case == "no moviepy":
@@ -665,7 +671,7 @@ def test_what_cannot_be_filmed_is_known_before_training(stub, script, case, tmp_
     assert not (tmp_path / script).exists()
 
 
-# --- both references train --------------------------------------------------------------------------------------------
+# --- every script trains ----------------------------------------------------------------------------------------------
 
 SUITES = {
     "spread": ("mpe2.simple_spread_v3", {}),
@@ -681,22 +687,21 @@ SUITES = {
     "walkers": ("pettingzoo.sisl.multiwalker_v9", {}),  # its state fails after an episode's end
     "rock, paper, scissors": ("pettingzoo.classic.rps_v2", {"team": "player_0"}),  # its state is a dict
 }
-CONTINUOUS = ("continuous spread", "continuous vmas", "walkers")
+CONTINUOUS = ("continuous spread", "continuous vmas", "walkers")  # which the scripts by value refuse
 
 
 @pytest.mark.parametrize("suite", SUITES)
-@pytest.mark.parametrize("script", ["qmix", "mappo"])
-def test_both_train_past_their_first_updates(script, suite, scripted, tmp_path, capsys):
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_trains_past_its_first_updates(script, suite, scripted, tmp_path, capsys):
     env_id, kwargs = SUITES[suite]
     team, kwargs = kwargs.get("team", ""), {k: v for k, v in kwargs.items() if k != "team"}
     given = small_args(f"marl_algos/{script}.py", total_timesteps=150)
-    given |= {"batch_size": 2} if script == "qmix" else {}
-    given |= dict(env_id=env_id, env_kwargs=json.dumps(kwargs), team=team, run_dir=str(tmp_path))
     module = load(f"marl_algos/{script}.py")
-    if script == "qmix" and suite in CONTINUOUS:
+    given |= dict(env_id=env_id, env_kwargs=json.dumps(kwargs), team=team, run_dir=str(tmp_path)) | two_episodes(module)
+    if suite in CONTINUOUS and script != "mappo":
         with pytest.raises(SystemExit):
             module.train(module.Args(**given))
-        assert "qmix needs discrete actions" in capsys.readouterr().err
+        assert f"{script} needs discrete actions" in capsys.readouterr().err
         return
     assert module.train(module.Args(**given))["steps"] >= 150
     losses = {tag: points for tag, points in scalars(tmp_path).items() if tag.startswith("losses/")}

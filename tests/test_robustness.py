@@ -119,32 +119,37 @@ def test_random_command_lines_end_well_or_with_one_line(script, tmp_path):
             assert code == 2 and (len(errors(err)) == 1 or "Parsing error" in err or "Invalid" in err), told
 
 
+TABLES = "q_learning sarsa double_q_learning n_step_sarsa dyna_q"
+VALUES = "dqn double_dqn dueling_dqn prioritized_dqn"
+VECTORS = f"{VALUES} ppo reinforce actor_critic semi_gradient_sarsa"  # Discrete actions
+BOXES = "td3 ddpg sac dpg"  # bounded vectors as actions
+
 FITS = {  # environment -> scripts that train in it
-    "NoRenderMode": "dqn ppo reinforce actor_critic semi_gradient_sarsa",
-    "RewardOfOneElement": "dqn ppo reinforce actor_critic semi_gradient_sarsa",
-    "RewardOfOneElementInCells": "q_learning sarsa double_q_learning n_step_sarsa dyna_q",
-    "NumpyScalars": "dqn ppo reinforce actor_critic semi_gradient_sarsa",
-    "IntegerRewardAndFlags": "dqn ppo reinforce actor_critic semi_gradient_sarsa",
-    "SameArray": "dqn prioritized_dqn ppo reinforce actor_critic semi_gradient_sarsa",
-    "SameArrayContinuous": "td3 ddpg sac ppo",
-    "Float64Actions": "td3 ddpg sac ppo",
-    "UnboundedActions": "ppo",
+    "NoRenderMode": VECTORS,
+    "RewardOfOneElement": VECTORS,
+    "RewardOfOneElementInCells": TABLES,
+    "NumpyScalars": VECTORS,
+    "IntegerRewardAndFlags": VECTORS,
+    "SameArray": VECTORS,
+    "SameArrayContinuous": f"{BOXES} ppo",
+    "Float64Actions": f"{BOXES} ppo",
+    "UnboundedActions": "ppo dpg",
     "ManyChoices": "ppo",
-    "RaisesInClose": "dqn ppo reinforce actor_critic semi_gradient_sarsa",
-    "ChangesFolder": "dqn ppo reinforce",
-    "EndsAtOnce": "dqn ppo reinforce actor_critic semi_gradient_sarsa",
+    "RaisesInClose": VECTORS,
+    "ChangesFolder": f"{VALUES} ppo reinforce",
+    "EndsAtOnce": VECTORS,
 }
 REFUSED = {  # environment -> scripts that refuse it, and a word of their line
     "UnboundedActions": ("td3 ddpg sac", "bounded vector actions"),
-    "ActionsFromOne": ("dqn ppo reinforce actor_critic semi_gradient_sarsa", "start=1"),
-    "CellsFromOne": ("q_learning sarsa double_q_learning n_step_sarsa dyna_q", "start=1"),
-    "Matrix": ("dqn td3 ppo reinforce actor_critic semi_gradient_sarsa", "(2, 2)"),
-    "Dictionary": ("dqn td3 ppo q_learning reinforce", "Dict"),
-    "Pair": ("dqn td3 ppo q_learning reinforce", "Tuple"),
-    "RaisesInConstructor": ("dqn td3 ppo q_learning", "no licence"),
-    "NanObservation": ("dqn ppo reinforce actor_critic", "gave the observation [nan"),
-    "InfiniteReward": ("dqn ppo reinforce actor_critic semi_gradient_sarsa", "the reward inf"),
-    "NanRewardInCells": ("q_learning sarsa double_q_learning n_step_sarsa dyna_q", "the reward nan"),
+    "ActionsFromOne": (VECTORS, "start=1"),
+    "CellsFromOne": (TABLES, "start=1"),
+    "Matrix": (f"{VECTORS} {BOXES}", "(2, 2)"),
+    "Dictionary": (f"{VECTORS} {BOXES} q_learning", "Dict"),
+    "Pair": (f"{VECTORS} {BOXES} q_learning", "Tuple"),
+    "RaisesInConstructor": (f"{VALUES} {BOXES} ppo q_learning", "no licence"),
+    "NanObservation": (f"{VALUES} ppo reinforce actor_critic", "gave the observation [nan"),
+    "InfiniteReward": (VECTORS, "the reward inf"),
+    "NanRewardInCells": (TABLES, "the reward nan"),
 }
 
 
