@@ -665,6 +665,35 @@ TASKS = [  # the first task of a script is the one that README shows
         "1 is the best, random play gets 0.48",
         unit="per team",
     ),
+    # --- iql ----------------------------------------------------------------------------------------------------------
+    Task(
+        "iql__simple_spread",
+        "marl_algos/iql.py",
+        "--env-id mpe2.simple_spread_v3",
+        -14,
+        "between random play, -27, and a script, -9.3, both measured per agent",
+        unit="per agent",
+    ),
+    Task(
+        "iql__two_step",
+        "marl_algos/iql.py",
+        """--env-id envs.matrix_games --env-kwargs '{"game": "two_step"}' --total-timesteps 10000 --epsilon-end 1.0 """
+        "--gamma 0.99 --td-lambda 0 --learning-rate 0.0005 --no-anneal --updates 1 --target-every 200 "
+        "--eval-every 1000 --eval-episodes 1",
+        7,
+        "independent agents end at 7; 8 is the optimum",
+        seeds=5,
+        unit="per team",
+    ),
+    Task(
+        "iql__lbf",
+        "marl_algos/iql.py",
+        """--env-id envs.lbf --env-kwargs '{"task": "Foraging-5x5-2p-1f-v3"}' --reward-mode sum """
+        "--total-timesteps 200000",
+        0.9,
+        "1 is the best, random play gets 0.48",
+        unit="per team",
+    ),
     # --- qmix ---------------------------------------------------------------------------------------------------------
     Task(
         "qmix__simple_spread",
