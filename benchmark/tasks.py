@@ -574,6 +574,15 @@ TASKS = [  # the first task of a script is the one that README shows
         1443,
         "CleanRL: 1443 ± 46 after 1,000,000 steps",
     ),
+    # --- vpg ----------------------------------------------------------------------------------------------------------
+    Task(
+        "vpg__CartPole-v1",
+        "algos/vpg.py",
+        "--env-id CartPole-v1",
+        475,
+        "the environment's own reward threshold; rl-baselines3-zoo's A2C: 500 ± 0 after 500,000 steps",
+        seeds=5,
+    ),
     # --- ppo_atari ----------------------------------------------------------------------------------------------------
     Task(
         "ppo_atari__MinAtar-Breakout-v1",
