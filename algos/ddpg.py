@@ -114,7 +114,8 @@ class Policy(nn.Module):
 
     def __init__(self, obs_dim: int, low: np.ndarray, high: np.ndarray, norm: type[nn.Module], units: int):
         super().__init__()
-        layers = [norm(obs_dim), nn.Linear(obs_dim, units), nn.ReLU(), norm(units), nn.Linear(units, units), nn.ReLU()]
+        layers = [norm(obs_dim), nn.Linear(obs_dim, units), nn.ReLU(inplace=True)]
+        layers += [norm(units), nn.Linear(units, units), nn.ReLU(inplace=True)]
         self.net = nn.Sequential(*layers, norm(units), nn.Linear(units, low.size))
         self.register_buffer("low", torch.as_tensor(low, dtype=torch.float32))
         self.register_buffer("half_range", torch.as_tensor((high - low) / 2, dtype=torch.float32))
@@ -128,13 +129,13 @@ class Q(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, norm: type[nn.Module], units: int):
         super().__init__()
-        self.s_net = nn.Sequential(nn.Linear(obs_dim, units), nn.ReLU(), norm(units))
-        self.net = nn.Sequential(nn.Linear(units + action_dim, units), nn.ReLU(), nn.Linear(units, 1))
+        self.s_net = nn.Sequential(nn.Linear(obs_dim, units), nn.ReLU(inplace=True), norm(units))
+        self.net = nn.Sequential(nn.Linear(units + action_dim, units), nn.ReLU(inplace=True), nn.Linear(units, 1))
 
     def forward(self, s, a):
         layer, relu, last = self.net  # on [s_net(s), a], written as a sum: line 14 needs no gradient for s_net(s)
         w_s, w_a = layer.weight.split([layer.out_features, a.shape[-1]], dim=1)
-        return last(relu(nn.functional.linear(self.s_net(s), w_s, layer.bias) + a @ w_a.T)).squeeze(-1)
+        return last(relu(torch.addmm(nn.functional.linear(self.s_net(s), w_s, layer.bias), a, w_a.T))).squeeze(-1)
 
 
 class DDPG:
