@@ -17,23 +17,22 @@ Run     python algos/trpo.py --env-id CartPole-v1
      6      compute advantages Â_t from the value function V_φk
      7      ĝ_k = mean_Dk ∇_θ log π_θ(a_t|s_t)|θ_k Â_t
      8      x̂_k ≈ Ĥ_k⁻¹ ĝ_k by conjugate gradients; Ĥ_k is the Hessian of the mean KL divergence over D_k:
-    8a          KL(θ) = mean_Dk KL(π_θk(·|s_t) ‖ π_θ(·|s_t)),  u = ∇_θ KL(θ)|θ_k
-    8b          Ĥ v = ∇_θ (uᵀv)|θ_k + damping · v
-    8c          x ← 0, r ← ĝ, p ← ĝ;  repeat: z = Ĥ p, a = rᵀr / pᵀz, x ← x + a p, r' = r - a z,
-                p ← r' + (r'ᵀr' / rᵀr) p, r ← r'
-     9      θ_k+1 = θ_k + αʲ √(2δ / x̂ᵀĤx̂) x̂ for the least j in {0, ..., K} that improves the sample loss and keeps
-            to the KL limit:
+    8a          u = ∇KL(θ_k),  KL(θ) = mean_Dk KL(π_θk(·|s_t) ‖ π_θ(·|s_t))
+    8b          Ĥ v = ∇(uᵀv) + damping · v,  at θ_k
+    8c          x ← 0, r ← ĝ, p ← ĝ;  repeat: z = Ĥ p,  a = rᵀr / pᵀz,  x ← x + a p,  r' = r - a z,
+                p ← r' + (r'ᵀr' / rᵀr) p,  r ← r'
+     9      θ_k+1 = θ_k + αʲ √(2δ / x̂ᵀĤx̂) x̂ by a backtracking line search:
     9a          step = √(2δ / x̂ᵀĤx̂) x̂
-    9b          for j = 0, ..., K: θ = θ_k + αʲ step;  stop if KL(θ) ≤ δ and L(θ) > L(θ_k),
+    9b          take the least j in {0, ..., K} for which θ = θ_k + αʲ step has KL(θ) ≤ δ and L(θ) > L(θ_k);
                 L(θ) = mean_Dk ρ_t Â_t,  ρ_t = π_θ(a_t|s_t) / π_θk(a_t|s_t)
-    9c          if no j is left, the update is rejected: θ_k+1 = θ_k
+    9c          if there is none, the update is rejected: θ_k+1 = θ_k
     10      φ_k+1 = argmin_φ mean_Dk (V_φ(s_t) - R̂_t)², by gradient descent
 
 Beyond the pseudo-code: R̂ = Â + V; Â is normalised to mean 0 and standard deviation 1 over D_k; line 7 has the mean over
-all steps, where the picture has the sum over a trajectory (the scale of ĝ cancels in line 9). Line 8b adds a damping,
-as in the paper's appendix C, so that Ĥ is positive definite in spite of rounding. Where x̂ᵀĤx̂ is not positive or a
-number is not finite, no j passes line 9b, and the update is rejected; charts/rejected is the fraction of such updates.
-Where a time limit ends an episode, line 6 bootstraps from the true last observation, and the sum of GAE ends there.
+all steps, where the picture has the sum over a trajectory (the scale of ĝ cancels in line 9). The damping of line 8b
+keeps Ĥ positive definite in spite of rounding. Where x̂ᵀĤx̂ is not positive, or a number is not finite, no j passes line
+9b; charts/rejected is the fraction of rejected updates. Where a time limit ends an episode, line 6 bootstraps from
+the true last observation, and the sum of GAE ends there. Line 8b cannot be compiled; --compile compiles line 10.
 
 Result  CartPole-v1 by the command above, InvertedPendulum-v5 and Pendulum-v1: being measured
 """

@@ -146,6 +146,8 @@ def lengths(script: str) -> tuple[int, int]:
     words = text_of(script)
     if script.startswith("marl"):
         return (395, 875) if "class TeamRollout" in words else (305, 770)
+    if "def conjugate_gradient" in words:  # second derivatives and a line search
+        return 315, 695
     if "class Rollout" in words or "class FrameReplay" in words:
         return 290, 825 if "distributed" in words else 695
     if "class Hindsight" in words:  # two learners, and environments with goals
