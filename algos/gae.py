@@ -24,8 +24,9 @@ Run     python algos/gae.py --env-id CartPole-v1
      7      θ_k+1 = θ_k + α_k ĝ_k, or a step of Adam
      8      φ_k+1 = argmin_φ mean_Dk (V_φ(s_t) - R̂_t)², by gradient descent
 
-λ = 0 gives Â = δ (equation 17): little variance, but the bias of V. λ = 1 gives the rewards-to-go less V (equation 18):
-no bias, but the variance of all later rewards; it is what vpg.py has. benchmark/figures/gae.png shows both.
+λ = 0 gives Â = δ (equation 17), so that line 6 has little variance, but a bias wherever V is wrong. λ = 1 gives the
+rewards-to-go less V (equation 18): no bias, but the variance of all later rewards; it is what vpg.py has.
+benchmark/figures/gae_bias_variance.png shows what lies between them.
 
 Beyond the pseudo-code: Â is normalised to mean 0 and standard deviation 1 over D_k; the learning rate α_k is annealed
 to 0. V(s'_t) is the value of the true last observation where a time limit ends an episode, and of the next observation
@@ -76,7 +77,7 @@ class Args:
     """discount factor, γ"""
     lam: float = 0.97
     """λ of lines 4 and 5"""
-    learning_rate: float = 1e-2
+    learning_rate: float = 5e-3
     """learning rate of Adam for the policy at the start, α_0 of line 7"""
     anneal: bool = True
     """anneal the learning rate of the policy linearly to 0"""

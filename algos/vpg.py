@@ -66,7 +66,7 @@ class Args:
     """steps of each environment in a rollout D_k, T"""
     gamma: float = 0.99
     """discount factor, γ"""
-    learning_rate: float = 1e-2
+    learning_rate: float = 5e-3
     """learning rate of Adam for the policy at the start, α_0 of line 7"""
     anneal: bool = True
     """anneal the learning rate of the policy linearly to 0"""

@@ -29,6 +29,7 @@ import bandits
 import double_dqn
 import dqn
 import dyna_q
+import gae
 import matplotlib.pyplot as plt
 import monte_carlo
 import n_step_sarsa
@@ -663,6 +664,73 @@ def blind_cliffwalk(runs: int = 7, largest: int = 13) -> Figure:
     axes.set(xlabel="transitions in the memory, of which one has a reward", ylabel="updates")
     axes.set_title(f"Blind cliffwalk of 2 to {largest} states: median of {runs} runs")
     axes.legend()
+    return figure
+
+
+# --- GAE: bias against variance ---------------------------------------------------------------------------------------
+
+WALK = 9  # states of a random walk whose right end has a reward of 1; the policy goes left or right with equal chance
+
+
+def walk_advantages(gamma: float) -> tuple[np.ndarray, np.ndarray]:
+    """V (WALK,) of the random walk, and A (WALK, 2) = E[r + γ V(s')] - V(s) of going left and right."""
+    left, right = np.eye(WALK, k=-1), np.eye(WALK, k=1)
+    r = np.zeros((WALK, 2))
+    r[-1, 1] = 1.0
+    v = np.linalg.solve(np.eye(WALK) - gamma * (left + right) / 2, r.mean(axis=1))
+    return v, r + gamma * np.stack([left @ v, right @ v], axis=1) - v[:, None]
+
+
+def walks(count: int, length: int, seed: int) -> tuple:
+    """s, s2, r and terminated (length, walks) of `count` walks for each first state and action.
+
+    States are 1 to WALK, the ends 0 and WALK + 1. What follows an end is no matter: the sum of GAE stops there.
+    """
+    first = np.repeat(np.arange(2 * WALK), count)
+    right = np.random.default_rng(seed).integers(2, size=(length, len(first)))
+    right[0] = first % 2
+    s2 = (first // 2 + 1 + np.cumsum(2 * right - 1, axis=0)).clip(0, WALK + 1)
+    s = np.concatenate([first[None] // 2 + 1, s2[:-1]])
+    return s, s2, s2 == WALK + 1, (s2 == 0) | (s2 == WALK + 1)
+
+
+def gradient_errors(v: np.ndarray, lams: list[float], gamma: float, count: int, seed: int = 0) -> np.ndarray:
+    """Squared bias and variance (lams, 2), means over states, of the policy gradient ∇log π(a|s) Â with gae.py's Â.
+
+    `v` (WALK,) are the values that Â uses; the policy has one logit per state, so that ∇log π(a|s) = ± 1/2.
+    """
+    s, s2, r, terminated = walks(count, 400, seed)
+    value = np.concatenate([[0.0], v, [0.0]])
+    arrays = [torch.as_tensor(x, dtype=torch.float32) for x in (r, value[s], value[s2], terminated, terminated)]
+    score, exact = np.array([[-0.5], [0.5]]), walk_advantages(gamma)[1] @ [-0.25, 0.25]
+    errors = []
+    for lam in lams:
+        advantage = gae.gae(*arrays, gamma, lam)[0].view(WALK, 2, count)
+        g = (score * advantage.double().numpy()).reshape(WALK, -1)
+        errors.append([np.square(g.mean(axis=1) - exact).mean(), g.var(axis=1).mean()])
+    return np.array(errors)
+
+
+def gae_bias_variance(count: int = 2_000, batch: int = 20) -> Figure:
+    """Bias against variance over λ of GAE: the policy gradient in a random walk, with values of three qualities."""
+    gamma, lams = 0.99, [0.0, 0.2, 0.4, 0.6, 0.7, 0.8, 0.85, 0.9, 0.94, 0.97, 0.99, 1.0]
+    exact, _ = walk_advantages(gamma)
+    noise = np.random.default_rng(1).normal(size=WALK)
+    values = {"V exact": exact, "V with errors of 0.1": exact + 0.1 * noise, "V = 0": np.zeros(WALK)}
+    figure, axes = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
+    for ax, (title, v) in zip(axes, values.items()):
+        bias, variance = gradient_errors(v, lams, gamma, count).T
+        total = bias + variance / batch
+        ax.plot(lams, bias, "o-", label="squared bias", markersize=3)
+        ax.plot(lams, variance / batch, "o-", label=f"variance, mean of {batch} walks", markersize=3)
+        ax.plot(lams, total, "k--", label="their sum", linewidth=1)
+        best = lams[int(np.argmin(total))]
+        print(f"{title}: squared bias {bias[0]:.5f} (λ = 0) to {bias[-1]:.5f} (λ = 1), ", end="")
+        print(f"variance {variance[0]:.4f} to {variance[-1]:.4f}, least error at λ = {best:g}")
+        ax.set(title=f"{title}: least sum at λ = {best:g}", xlabel="λ", xlim=(0, 1), ylim=(0, None))
+    axes[0].set_ylabel("squared error of the gradient")
+    axes[0].legend()
+    figure.suptitle(f"Policy gradient with GAE in a random walk of {WALK} states, γ = {gamma}")
     return figure
 
 

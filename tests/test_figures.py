@@ -21,9 +21,11 @@ QUICK = {  # what makes a figure's computation a matter of a second
     "mountain_car": dict(learn_car=lambda agent, tiles_of, env, episodes: np.full(episodes, 200)),
     "short_corridor": dict(corridor_episode=lambda agent, env: -20.0),
     "overestimation": dict(max_q_in_training=lambda script, seed: np.array([(1000.0, seed), (2000.0, 100.0 + seed)])),
+    "gae_bias_variance": dict(),
     "blind_cliffwalk": dict(updates_until_learnt=lambda n, prioritized, seed: 2**n + seed),
 }
 SETTINGS = {"blackjack": dict(total_timesteps=2_000), "cliff_walking": dict(runs=3), "short_corridor": dict(runs=1)}
+SETTINGS |= {"gae_bias_variance": dict(count=20)}
 
 
 @pytest.mark.parametrize("name", [name for name in figures.FIGURES if name in QUICK])

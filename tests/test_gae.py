@@ -3,6 +3,7 @@
 import math
 from types import SimpleNamespace
 
+import figures
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -158,6 +159,59 @@ def test_the_estimator_is_that_of_ppo():
     r, v, v2, term, done = random_rollout()
     expected = ppo.gae(r, v, v2, term, done, 0.97, 0.9)
     torch.testing.assert_close(gae.gae(r, v, v2, term, done, 0.97, 0.9), expected)
+
+
+# --- the figure: bias and variance in a random walk with known advantages ---------------------------------------------
+
+
+def expected_advantages(v, lam, gamma):
+    """E[Â] (states, 2) after going left and right: δ + γλ Σ_l (γλ P)^l E[δ], by linear algebra."""
+    n = figures.WALK
+    left, right = np.eye(n, k=-1), np.eye(n, k=1)
+    r = np.zeros((n, 2))
+    r[-1, 1] = 1.0
+    delta = r + gamma * np.stack([left @ v, right @ v], axis=1) - v[:, None]
+    later = np.linalg.solve(np.eye(n) - gamma * lam * (left + right) / 2, delta.mean(axis=1))
+    return delta + gamma * lam * np.stack([left @ later, right @ later], axis=1)
+
+
+def test_figure_advantages_of_the_walk():
+    """γ = 1: V is the chance s / 10 to end on the right, and a step to either side is worth 0.1."""
+    v, advantages = figures.walk_advantages(1.0)
+    assert v == pytest.approx(np.arange(1, 10) / 10)
+    assert advantages == pytest.approx(np.tile([-0.1, 0.1], (9, 1)))
+    v, advantages = figures.walk_advantages(0.9)
+    assert advantages == pytest.approx(expected_advantages(v, 0.5, 0.9)), "exact values: no bias, whatever λ is"
+
+
+def test_figure_walks_begin_everywhere_and_end_at_both_sides():
+    s, s2, reward, terminated = figures.walks(3, 400, seed=0)
+    assert s.shape == (400, 2 * 9 * 3) and np.array_equal(s[0], np.repeat(np.arange(1, 10), 6))
+    assert np.array_equal(s2[0] - s[0], np.tile(np.repeat([-1, 1], 3), 9)), "left thrice, right thrice"
+    assert terminated.any(axis=0).all() and np.array_equal(terminated, (s2 == 0) | (s2 == 10))
+    assert np.array_equal(reward, s2 == 10)
+    before_end = np.cumsum(terminated, axis=0) - terminated == 0
+    assert (np.abs(s2 - s)[before_end] == 1).all() and np.array_equal(s[1:], s2[:-1])
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.7, 1.0])
+def test_figure_squared_bias_and_variance_are_those_of_the_policy_gradient(lam):
+    gamma, v = 0.9, np.linspace(0.5, -0.3, 9)
+    (bias, variance), *_ = figures.gradient_errors(v, [lam], gamma, count=500)
+    exact = figures.walk_advantages(gamma)[1] @ [-0.25, 0.25]
+    expected = np.square(expected_advantages(v, lam, gamma) @ [-0.25, 0.25] - exact).mean()
+    assert bias == pytest.approx(expected, rel=0.2, abs=2e-4) and (expected < 1e-12) == (lam == 1)
+    if lam == 0:  # δ depends on s and a only: the gradient is -δ_left / 2 or δ_right / 2
+        delta = expected_advantages(v, 0.0, gamma) * [-0.5, 0.5]
+        assert variance == pytest.approx(delta.var(axis=1).mean(), rel=1e-4)
+
+
+def test_figure_variance_rises_and_bias_falls_with_lambda():
+    exact = figures.walk_advantages(0.99)[0]
+    bias, variance = figures.gradient_errors(np.zeros(9), [0.0, 0.5, 0.9, 1.0], 0.99, count=200).T
+    assert (np.diff(bias) < 0).all() and (np.diff(variance) > 0).all()
+    bias, variance = figures.gradient_errors(exact, [0.0, 1.0], 0.99, count=200).T
+    assert bias.max() < 1e-4 and variance[0] < 1e-5 < variance[1]
 
 
 # --- lines 3-5: the rollout, its targets ------------------------------------------------------------------------------
