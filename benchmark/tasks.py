@@ -821,4 +821,34 @@ TASKS = [  # the first task of a script is the one that README shows
         note="a record: this run has a third of the steps of the published one.",
         minutes=30,
     ),
+    # --- qatten -------------------------------------------------------------------------------------------------------
+    Task(
+        "qatten__simple_spread",
+        "marl_algos/qatten.py",
+        "--env-id mpe2.simple_spread_v3",
+        -14,
+        "between random play, -27, and a script, -9.3, both measured per agent",
+        unit="per agent",
+    ),
+    Task(
+        "qatten__two_step",
+        "marl_algos/qatten.py",
+        """--env-id envs.matrix_games --env-kwargs '{"game": "two_step"}' --total-timesteps 10000 --epsilon-end 1.0 """
+        "--gamma 0.99 --td-lambda 0 --learning-rate 0.0005 --no-anneal --no-normalize-state --updates 1 "
+        "--target-every 200 --eval-every 1000 --eval-episodes 1",
+        7,
+        "what is linear in the agents' values in each state ends at 7, as a sum; 8 is the optimum",
+        seeds=5,
+        unit="per team",
+    ),
+    Task(
+        "qatten__qtran",
+        "marl_algos/qatten.py",
+        """--env-id envs.matrix_games --env-kwargs '{"game": "qtran"}' --total-timesteps 10000 --epsilon-end 1.0 """
+        "--learning-rate 0.0005 --no-anneal --updates 1 --eval-every 1000 --eval-episodes 1",
+        0,
+        "in a game of one state the fit is that of a sum, which ends at 0, though 8 is the optimum",
+        seeds=5,
+        unit="per team",
+    ),
 ]

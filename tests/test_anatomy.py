@@ -145,6 +145,8 @@ def lengths(script: str) -> tuple[int, int]:
     """How many lines a script of this kind may have above the plumbing, and in all."""
     words = text_of(script)
     if script.startswith("marl"):
+        if any(f"def {name}(" in words for name in ("attention", "importance", "coalitions")):
+            return 325, 790  # more networks in the mixer than qmix
         return (395, 875) if "class TeamRollout" in words else (305, 770)
     if "def conjugate_gradient" in words:  # second derivatives and a line search
         return 315, 695
