@@ -121,7 +121,8 @@ def test_random_command_lines_end_well_or_with_one_line(script, tmp_path):
 
 TABLES = "q_learning sarsa double_q_learning n_step_sarsa dyna_q"
 VALUES = "dqn double_dqn dueling_dqn prioritized_dqn"
-VECTORS = f"{VALUES} ppo reinforce actor_critic semi_gradient_sarsa"  # Discrete actions
+ROLLOUTS = "ppo vpg gae trpo"
+VECTORS = f"{VALUES} {ROLLOUTS} reinforce actor_critic semi_gradient_sarsa"  # Discrete actions
 BOXES = "td3 ddpg sac dpg"  # bounded vectors as actions
 
 FITS = {  # environment -> scripts that train in it
@@ -131,12 +132,12 @@ FITS = {  # environment -> scripts that train in it
     "NumpyScalars": VECTORS,
     "IntegerRewardAndFlags": VECTORS,
     "SameArray": VECTORS,
-    "SameArrayContinuous": f"{BOXES} ppo",
-    "Float64Actions": f"{BOXES} ppo",
-    "UnboundedActions": "ppo dpg",
-    "ManyChoices": "ppo",
+    "SameArrayContinuous": f"{BOXES} {ROLLOUTS}",
+    "Float64Actions": f"{BOXES} {ROLLOUTS}",
+    "UnboundedActions": f"{ROLLOUTS} dpg",
+    "ManyChoices": ROLLOUTS,
     "RaisesInClose": VECTORS,
-    "ChangesFolder": f"{VALUES} ppo reinforce",
+    "ChangesFolder": f"{VALUES} {ROLLOUTS} reinforce",
     "EndsAtOnce": VECTORS,
 }
 REFUSED = {  # environment -> scripts that refuse it, and a word of their line
