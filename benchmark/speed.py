@@ -3,7 +3,7 @@
     python benchmark/speed.py                                     every comparison, three rounds
     python benchmark/speed.py td3 --cleanrl ~/cleanrl             one of them, CleanRL's script too, from its checkout
     python benchmark/speed.py qmix mappo --epymarl ~/epymarl      beside EPyMARL, from its checkout; pip install sacred
-    pip install stable-baselines3==2.9.2                          needed to include Stable-Baselines3
+    pip install stable-baselines3==2.9.2 sb3-contrib==2.9.2       needed to include Stable-Baselines3, for TRPO both
 
 Contenders run in turn, each in its own process, so that a slower machine affects all of them; the figure is the median
 over the rounds, and the ratio is what matters. Imports, evaluation and compilation are not measured, and ours logs as
@@ -42,7 +42,7 @@ class Comparison:
     cleanrl: tuple[str, str] | None = None
     """CleanRL's script and its command line"""
     sb3: tuple[str, str, dict] | None = None
-    """class, environment and settings in Stable-Baselines3"""
+    """class, environment and settings in Stable-Baselines3, or in sb3_contrib"""
     sb3_num_envs: int = 1
     """environments in its DummyVecEnv"""
     sb3_normalize: bool = False
@@ -144,6 +144,13 @@ COMPARISONS = {
         sb3_num_envs=8,
         sb3_normalize=True,
     ),
+    "trpo CartPole-v1": Comparison(
+        "algos/trpo.py",
+        20_480,
+        dict(num_envs=4, num_steps=256, num_minibatches=8, update_epochs=10, cg_steps=15, damping=0.1),
+        sb3=("TRPO", "CartPole-v1", dict(n_steps=256, batch_size=128, n_critic_updates=10, gae_lambda=0.98)),
+        sb3_num_envs=4,
+    ),
     "q_learning CliffWalking-v1": Comparison("algos/q_learning.py", 50_000, {}),
     "qmix simple_spread_v3, GRU": Comparison("marl_algos/qmix.py", 5_000, {}, epymarl="qmix use_rnn=True"),
     "qmix simple_spread_v3, feed-forward": Comparison(
@@ -225,17 +232,17 @@ def measure_cleanrl(comparison: Comparison, checkout: str) -> float:
 
 def measure_sb3(comparison: Comparison) -> float:
     """CPU seconds of Stable-Baselines3, its environments and networks made too, as in `train`."""
-    import stable_baselines3
     import torch
     from stable_baselines3.common.env_util import make_vec_env
     from stable_baselines3.common.vec_env import VecNormalize
 
     torch.set_num_threads(1)
     name, env_id, settings = comparison.sb3
+    algorithm = getattr(importlib.import_module(sb3_package(name)), name)
     start = time.process_time()
     env = make_vec_env(env_id, comparison.sb3_num_envs)
     env = VecNormalize(env) if comparison.sb3_normalize else env
-    model = getattr(stable_baselines3, name)("MlpPolicy", env, device="cpu", seed=1, **settings)
+    model = algorithm("MlpPolicy", env, device="cpu", seed=1, **settings)
     model.learn(comparison.steps)
     return time.process_time() - start
 
@@ -279,9 +286,14 @@ def measure(name: str, contender: str, args: Args) -> float:
     return COMPARISONS[name].steps / float(process.stdout.split()[-1])
 
 
+def sb3_package(name: str) -> str:
+    """The package that holds this class of Stable-Baselines3."""
+    return "sb3_contrib" if name == "TRPO" else "stable_baselines3"
+
+
 def contenders(comparison: Comparison, args: Args) -> list[str]:
     with_cleanrl = ["CleanRL"] if comparison.cleanrl and args.cleanrl else []
-    with_sb3 = ["SB3"] if comparison.sb3 and importlib.util.find_spec("stable_baselines3") else []
+    with_sb3 = ["SB3"] if comparison.sb3 and importlib.util.find_spec(sb3_package(comparison.sb3[0])) else []
     with_epymarl = ["EPyMARL"] if comparison.epymarl and args.epymarl else []
     return ["ours", *with_cleanrl, *with_sb3, *with_epymarl]
 
