@@ -147,6 +147,8 @@ def lengths(script: str) -> tuple[int, int]:
     if script.startswith("marl"):
         if any(f"def {name}(" in words for name in ("attention", "importance", "coalitions")):
             return 325, 790  # more networks in the mixer than qmix
+        if 'Literal["base", "alt"]' in words:  # two algorithms
+            return 355, 820
         return (395, 875) if "class TeamRollout" in words else (305, 770)
     if "def conjugate_gradient" in words:  # second derivatives and a line search
         return 315, 695
