@@ -152,6 +152,8 @@ def lengths(script: str) -> tuple[int, int]:
         return (395, 875) if "class TeamRollout" in words else (305, 770)
     if "def conjugate_gradient" in words:  # second derivatives and a line search
         return 315, 695
+    if "def make_expert" in words:  # experts and demonstrations; GAIL is PPO with a discriminator
+        return (340, 840) if "class Rollout" in words else (265, 690)
     if "class Rollout" in words or "class FrameReplay" in words:
         return 290, 825 if "distributed" in words else 695
     if "class Hindsight" in words:  # two learners, and environments with goals
