@@ -218,7 +218,7 @@ def test_refuses_impossible_settings(script, tmp_path, capsys):
 def test_a_loss_that_is_not_finite_ends_the_run_with_one_line(script, tmp_path, capsys):
     module = load(script)
     with pytest.raises(SystemExit) as error:
-        module.train(module.Args(**small_args(script, run_dir=str(tmp_path), learning_rate=1e30)))
+        module.train(module.Args(**small_args(script, run_dir=str(tmp_path), learning_rate=1e38)))
     line = capsys.readouterr().err
     assert error.value.code == 2 and line.count("\n") == 1
     assert re.match(r"error: .*(is nan|is -?inf|is not finite|gave the observation).* at step \d+; the last good", line)
