@@ -235,7 +235,7 @@ class TRPO:
         hessian = self.hessian(kl)
         x = conjugate_gradient(hessian, g, self.args.cg_steps)  # line 8
         step = (2 * self.args.delta / (x @ hessian(x))).sqrt() * x  # line 9a; NaN if xᵀHx is not positive
-        theta_k = nn.utils.parameters_to_vector(theta).detach()
+        theta_k = nn.utils.parameters_to_vector(theta)
         for j in range(self.args.max_backtracks + 1):
             nn.utils.vector_to_parameters(theta_k + self.args.alpha**j * step, theta)  # line 9
             with torch.no_grad():
