@@ -40,8 +40,8 @@ terminal state: V of the last state is bootstrapped. While a team with a common 
 that agent's value is the mean of the living agents' values.
 
 Result  The climbing game, --env-id envs.matrix_games --total-timesteps 100000: 175, 25 rounds at 7, in 5 of 5 seeds.
-        simple_spread by the command above: -14.3 per agent (3 seeds; random play -27, a script -9.3), which is below
-        the threshold of -14; the paper trains 16 times as long
+        simple_spread by the command above: -12.8 per agent in 3 of 3 seeds, -13.4 to -11.8 (random play -27, a script
+        -9.3); the paper trains 10 times as long
 """
 
 import contextlib
