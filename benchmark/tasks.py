@@ -711,6 +711,30 @@ TASKS = [  # the first task of a script is the one that README shows
         seeds=5,
         note="From one trajectory, of which one pair in 20 is kept: 50 pairs.",
     ),
+    Task(
+        "ppo__MountainCar-v0",
+        "algos/ppo.py",
+        "--env-id MountainCar-v0 --total-timesteps 500000 --num-steps 128 --num-minibatches 4 --update-epochs 10 "
+        "--gamma 0.99 --lam 0.95 --entropy-coef 0.01 --learning-rate 0.003 --eval-every 25000",
+        -200,
+        "CleanRL: -200 ± 0 after 500,000 steps",
+        record=True,
+        note="a record: the settings of icm and rnd in the same environment, without their bonus.",
+        minutes=2,
+    ),
+    Task(
+        "ppo__MountainCar-v0_normalized",
+        "algos/ppo.py",
+        "--env-id MountainCar-v0 --total-timesteps 500000 --num-steps 128 --num-minibatches 4 --update-epochs 10 "
+        "--gamma 0.99 --lam 0.95 --entropy-coef 0.01 --learning-rate 0.003 --normalize-obs --normalize-reward "
+        "--eval-every 25000",
+        -200,
+        "CleanRL, without normalisation: -200 ± 0 after 500,000 steps",
+        record=True,
+        note="a record: with normalised observations and rewards PPO reaches the goal without a bonus, because values "
+        "begin near 0, above those of any state that it has seen.",
+        minutes=2,
+    ),
     # --- ppo_atari ----------------------------------------------------------------------------------------------------
     Task(
         "ppo_atari__MinAtar-Breakout-v1",
@@ -723,6 +747,65 @@ TASKS = [  # the first task of a script is the one that README shows
         record=True,
         note="a record: a fiftieth of the steps of an Atari run.",
         minutes=6,
+    ),
+    # --- icm, rnd: PPO with a bonus; ppo__MountainCar-v0 is PPO without -----------------------------------------------
+    Task(
+        "icm__MountainCar-v0",
+        "algos/icm.py",
+        "--env-id MountainCar-v0",
+        -190,
+        "a mark of our own, the goal is reached; CleanRL's PPO: -200 ± 0 after 500,000 steps",
+        minutes=4,
+    ),
+    Task(
+        "icm__DeepSea-v0",
+        "algos/icm.py",
+        "--env-id DeepSea-v0 --total-timesteps 5000 --num-steps 10 --num-minibatches 1 --eta 0.1 "
+        "--icm-learning-rate 0.001 --eval-every 500 --eval-episodes 1",
+        0.9,
+        "0.99 is the optimum, and 0 is next to it; random actions need 1024 episodes on average, these are 500",
+        seeds=5,
+    ),
+    Task(
+        "icm__DeepSea-v0_20",
+        "algos/icm.py",
+        """--env-id DeepSea-v0 --env-kwargs '{"size": 20}' --total-timesteps 100000 --num-steps 20 """
+        "--num-minibatches 1 --eta 0.1 --icm-learning-rate 0.001 --eval-every 5000 --eval-episodes 1",
+        0.99,
+        "the optimum; random actions need 1,048,576 episodes on average, these are 5,000",
+        record=True,
+        note="a record: how far the bonus leads in a sea of 20 rows.",
+        minutes=2,
+    ),
+    Task(
+        "rnd__MountainCar-v0",
+        "algos/rnd.py",
+        "--env-id MountainCar-v0",
+        -190,
+        "a mark of our own, the goal is reached; CleanRL's PPO: -200 ± 0 after 500,000 steps",
+        minutes=3,
+    ),
+    Task(
+        "rnd__DeepSea-v0",
+        "algos/rnd.py",
+        "--env-id DeepSea-v0 --total-timesteps 5000 --num-steps 10 --num-minibatches 1 --no-anneal --init-rollouts 10 "
+        "--ext-coef 10 --learning-rate 0.001 --predictor-learning-rate 0.003 --eval-every 500 --eval-episodes 1",
+        0.9,
+        "0.99 is the optimum, and 0 is next to it; random actions need 1024 episodes on average, these are 580",
+        seeds=5,
+        note="80 of the 580 episodes are the random ones of line 3.",
+    ),
+    Task(
+        "rnd__DeepSea-v0_20",
+        "algos/rnd.py",
+        """--env-id DeepSea-v0 --env-kwargs '{"size": 20}' --total-timesteps 100000 --num-steps 20 """
+        "--num-minibatches 1 --no-anneal --init-rollouts 10 --ext-coef 10 --learning-rate 0.001 "
+        "--predictor-learning-rate 0.003 --eval-every 5000 --eval-episodes 1",
+        0.99,
+        "the optimum; random actions need 1,048,576 episodes on average, these are 5,080",
+        record=True,
+        note="a record: how far the bonus leads in a sea of 20 rows.",
+        minutes=2,
     ),
     # --- mappo --------------------------------------------------------------------------------------------------------
     Task(

@@ -154,6 +154,8 @@ def lengths(script: str) -> tuple[int, int]:
         return 315, 695
     if "def make_expert" in words:  # experts and demonstrations; GAIL is PPO with a discriminator
         return (340, 840) if "class Rollout" in words else (265, 690)
+    if "class DeepSea" in words:  # PPO and what explores for it, and a world to explore
+        return (410, 870) if "class Archive" in words else (330, 790)
     if "class Rollout" in words or "class FrameReplay" in words:
         return 290, 825 if "distributed" in words else 695
     if "class Hindsight" in words:  # two learners, and environments with goals
