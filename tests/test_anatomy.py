@@ -145,8 +145,10 @@ def lengths(script: str) -> tuple[int, int]:
     """How many lines a script of this kind may have above the plumbing, and in all."""
     words = text_of(script)
     if script.startswith("marl"):
-        if any(f"def {name}(" in words for name in ("attention", "importance", "coalitions")):
-            return 325, 790  # more networks in the mixer than qmix
+        if "def attention" in words or "def importance" in words:  # more networks in the mixer than qmix
+            return 325, 790
+        if "def coalitions" in words:  # two boxes of pseudo-code
+            return 340, 815
         if 'Literal["base", "alt"]' in words:  # two algorithms
             return 355, 820
         return (395, 875) if "class TeamRollout" in words else (305, 770)
