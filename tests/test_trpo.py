@@ -186,6 +186,13 @@ def test_line_6_targets_are_finite_where_nothing_happens():
     assert agent.diagnostics(batch)["charts/explained_variance"] == 1
 
 
+def test_line_6_advantages_of_almost_zero_stay_small():
+    agent, r, zeros = make_agent(gamma=0.0), column(1e-9, -1e-9), torch.zeros(2, 1)
+    agent.value = lambda s: torch.zeros(*s.shape[:-1], 1)
+    batch = agent.targets(make_rollout(torch.zeros(3, 1, 3), r, zeros, zeros))
+    torch.testing.assert_close(batch["advantage"], torch.tensor([1 / 11, -1 / 11]))
+
+
 def test_episodes_are_logged_once(tmp_path, monkeypatch):
     logged = []
     monkeypatch.setattr(trpo.Run, "log_episode", lambda self, episode: logged.append((episode["r"], episode["l"])))
