@@ -74,7 +74,7 @@ class Args:
     """learning rate of Adam for the value, line 8"""
     num_minibatches: int = 1
     """minibatches per epoch of line 8"""
-    update_epochs: int = 20
+    update_epochs: int = 80
     """epochs over each rollout D_k for line 8"""
 
     seed: int = 1
