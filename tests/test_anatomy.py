@@ -146,7 +146,7 @@ def lengths(script: str) -> tuple[int, int]:
     words = text_of(script)
     if script.startswith("marl"):
         if "def attention" in words or "def importance" in words:  # more networks in the mixer than qmix
-            return 325, 790
+            return 330, 800
         if "def coalitions" in words:  # two boxes of pseudo-code
             return 340, 815
         if 'Literal["base", "alt"]' in words:  # two algorithms
