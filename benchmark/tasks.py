@@ -807,6 +807,54 @@ TASKS = [  # the first task of a script is the one that README shows
         note="a record: how far the bonus leads in a sea of 20 rows.",
         minutes=2,
     ),
+    # --- go_explore ---------------------------------------------------------------------------------------------------
+    Task(
+        "go_explore__DeepSea-v0",
+        "algos/go_explore.py",
+        "--env-id DeepSea-v0",
+        0.69,
+        "dynamic programming: 0.768 is the optimum with 5 % random actions; 90 % of it",
+        seeds=5,
+    ),
+    Task(
+        "go_explore__DeepSea-v0_20",
+        "algos/go_explore.py",
+        """--env-id DeepSea-v0 --env-kwargs '{"size": 20}' --total-timesteps 200000 --explore-fraction 0.25 """
+        "--eval-every 20000 --eval-episodes 1000",
+        0.535,
+        "dynamic programming: 0.595 is the optimum with 5 % random actions; 90 % of it",
+        seeds=5,
+        minutes=1,
+    ),
+    Task(
+        "go_explore__DeepSea-v0_phase_1",
+        "algos/go_explore.py",
+        "--env-id DeepSea-v0 --total-timesteps 10000 --explore-fraction 1 --eval-every 500",
+        0.99,
+        "the optimum; random actions need 1024 episodes on average, which have 10,240 steps",
+        seeds=5,
+        evaluations=1,
+    ),
+    Task(
+        "go_explore__DeepSea-v0_20_phase_1",
+        "algos/go_explore.py",
+        """--env-id DeepSea-v0 --env-kwargs '{"size": 20}' --total-timesteps 50000 --explore-fraction 1 """
+        "--eval-every 2500",
+        0.99,
+        "the optimum; random actions need 1,048,576 episodes on average, which have 20,971,520 steps",
+        seeds=5,
+        evaluations=1,
+    ),
+    Task(
+        "go_explore__MountainCar-v0_phase_1",
+        "algos/go_explore.py",
+        "--env-id MountainCar-v0 --cell-size 0.1 0.01 --k 50 --total-timesteps 10000 --explore-fraction 1 "
+        "--eval-every 500",
+        -199,
+        "the goal is reached within 10,000 steps; an independent program: after 542 to 2778",
+        seeds=5,
+        evaluations=1,
+    ),
     # --- mappo --------------------------------------------------------------------------------------------------------
     Task(
         "mappo__simple_spread",
