@@ -178,6 +178,7 @@ def test_update_reports_the_loss_before_its_step():
     _, (policy_loss, entropy) = agent.loss(s, a)
     told = agent.update(s, a)
     assert told["losses/policy"] == policy_loss and told["charts/entropy"] == entropy
+    assert not any(value.requires_grad for value in told.values()), "the log keeps no graph"
 
 
 # --- lines 7, 8 -------------------------------------------------------------------------------------------------------

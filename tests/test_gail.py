@@ -1,5 +1,6 @@
 """GAIL: the discriminator's loss and the reward with their signs, gradients' reach, PPO's step, the loop, bad input."""
 
+import dataclasses
 import math
 from types import SimpleNamespace
 
@@ -148,7 +149,8 @@ def test_line_g4_is_a_step_of_adam_on_the_discriminator_alone():
         adam.zero_grad()
         twin.discriminator_loss(*batch).backward()
         adam.step()
-        agent.update_discriminator(*batch)
+        told = agent.update_discriminator(*batch)["losses/discriminator"]
+        assert not told.requires_grad, "the log keeps no graph"
     for got, expected in zip(agent.discriminator.parameters(), twin.discriminator.parameters()):
         torch.testing.assert_close(got.detach(), expected.detach(), rtol=1e-4, atol=1e-6)
     after = [*agent.policy.parameters(), *agent.value.parameters()]
@@ -230,6 +232,7 @@ def test_line_g5_its_loss_and_step_are_those_of_ppo(space):
     for _ in range(3):
         told, expected = agent.update(batch), twin.update(batch)
         assert told == expected
+        assert not any(value.requires_grad for value in told.values())
     for got, same in zip(
         (*agent.policy.parameters(), *agent.value.parameters()), (*twin.policy.parameters(), *twin.value.parameters())
     ):
@@ -324,6 +327,18 @@ def test_the_environments_reward_is_logged_and_nothing_else(tmp_path):
     for part in ("policy", "value", "discriminator", "obs_moments"):
         assert all(torch.equal(states[0][part][name], states[1][part][name]) for name in states[0][part]), part
     assert returns[0] > 0 > returns[1]
+
+
+def test_a_resumed_run_starts_from_another_seed_of_the_environments(tmp_path, monkeypatch):
+    seeds, reset = [], Countdown.reset
+    monkeypatch.setattr(
+        Countdown, "reset", lambda self, **kwargs: seeds.append(kwargs.get("seed")) or reset(self, **kwargs)
+    )
+    train(tmp_path / "run", env_id="GAILChoice-v0", expert=demonstrations(tmp_path, gym.spaces.Discrete(3)), seed=5)
+    assert [seed for seed in seeds if seed is not None and seed < 10_000] == [5, 6]
+    seeds.clear()
+    gail.train(dataclasses.replace(gail.saved_args(str(tmp_path / "run")), total_timesteps=96))
+    assert [seed for seed in seeds if seed is not None and seed < 10_000] == [5 + 64, 6 + 64]
 
 
 def test_subsampling_is_that_of_the_paper_by_default(tmp_path, monkeypatch):
