@@ -30,6 +30,7 @@ SMALL = dict(  # enough for a few updates of any script; a script takes the sett
     num_steps=32,
     num_minibatches=2,
     update_epochs=2,
+    validation_episodes=1,
     eval_every=0,
     eval_episodes=1,
     device="cpu",
