@@ -144,6 +144,13 @@ COMPARISONS = {
         sb3_num_envs=8,
         sb3_normalize=True,
     ),
+    "a2c CartPole-v1": Comparison(
+        "algos/a2c.py",
+        20_000,
+        dict(anneal=False),
+        sb3=("A2C", "CartPole-v1", {}),
+        sb3_num_envs=8,
+    ),
     "trpo CartPole-v1": Comparison(
         "algos/trpo.py",
         20_480,

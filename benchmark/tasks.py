@@ -583,6 +583,15 @@ TASKS = [  # the first task of a script is the one that README shows
         "the environment's own reward threshold; rl-baselines3-zoo's A2C: 500 ± 0 after 500,000 steps",
         seeds=5,
     ),
+    # --- a2c ----------------------------------------------------------------------------------------------------------
+    Task(
+        "a2c__CartPole-v1",
+        "algos/a2c.py",
+        "--env-id CartPole-v1",
+        475,
+        "the environment's own reward threshold; rl-baselines3-zoo: 500 ± 0 after 500,000 steps",
+        seeds=5,
+    ),
     # --- gae: the settings of vpg -------------------------------------------------------------------------------------
     Task(
         "gae__CartPole-v1",
