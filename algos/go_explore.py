@@ -236,12 +236,12 @@ class Demonstration:
 
     def begin(self, best: Cell):
         self.actions, self.score = actions_of(best.trajectory), best.score
-        self.start = max(len(self.actions) - self.args.start_shift, 0)  # P1
+        self.start = max(len(self.actions) - self.args.start_shift, 0)  # line P1
 
     def move_start(self):
         """Once per rollout: move the start if enough of the rollout's episodes were as good as the demonstration."""
-        if self.outcomes and np.mean(self.outcomes) >= self.args.success_share:  # P2
-            self.start = max(self.start - self.args.start_shift, 0)  # P3
+        if self.outcomes and np.mean(self.outcomes) >= self.args.success_share:  # line P2
+            self.start = max(self.start - self.args.start_shift, 0)  # line P3
         self.outcomes = []
 
     def state_dict(self) -> dict:
@@ -263,12 +263,12 @@ class FromDemonstration(gym.Wrapper):
         if self.start == 0:
             return self.env.reset(**kwargs)
         actions = self.demonstration.actions[: self.start]
-        return replay(self.env, self.demonstration.args.seed, actions)[0], {}  # P1
+        return replay(self.env, self.demonstration.args.seed, actions)[0], {}  # line P1
 
     def step(self, action):
         obs, r, terminated, truncated, info = self.env.step(action)
         if (terminated or truncated) and self.start == self.demonstration.start:
-            self.demonstration.outcomes.append(info["episode"]["r"] >= self.demonstration.score)  # P2
+            self.demonstration.outcomes.append(info["episode"]["r"] >= self.demonstration.score)  # line P2
         return obs, r, terminated, truncated, info
 
 
@@ -322,8 +322,8 @@ class PPO:
         """The loss of a minibatch, and its three parts."""
         pi, eps = self.pi(s), self.args.epsilon
         ratio = (pi.log_prob(a.squeeze(-1)) - old_log_prob).exp()
-        policy_loss = -torch.min(ratio * advantage, ratio.clamp(1 - eps, 1 + eps) * advantage).mean()  # P2
-        value_loss = (self.value(s).squeeze(-1) - r_to_go).square().mean()  # P2
+        policy_loss = -torch.min(ratio * advantage, ratio.clamp(1 - eps, 1 + eps) * advantage).mean()  # line P2
+        value_loss = (self.value(s).squeeze(-1) - r_to_go).square().mean()  # line P2
         entropy = pi.entropy().mean()
         loss = policy_loss + self.args.value_coef * value_loss - self.args.entropy_coef * entropy
         return loss, torch.stack([policy_loss, value_loss, entropy]).detach()
@@ -334,7 +334,7 @@ class PPO:
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], self.args.max_grad_norm)
-        self.optimizer.step()  # P2
+        self.optimizer.step()  # line P2
         parts = parts.clone()  # a CUDA graph reuses its outputs
         return dict(zip(("losses/policy", "losses/value", "charts/entropy"), parts))
 
@@ -394,8 +394,8 @@ def train(args: Args) -> dict:
             for _ in range(args.update_epochs):
                 for rows in torch.randperm(batch_size, device=device).chunk(args.num_minibatches):
                     minibatch = {name: x[rows] for name, x in batch.items()}
-                    run.log(agent.update(minibatch))  # P2
-            demonstration.move_start()  # P3
+                    run.log(agent.update(minibatch))  # line P2
+            demonstration.move_start()  # line P3
             run.log({"charts/start": demonstration.start})
             run.advance(batch_size)
             run.evaluate_and_save(evaluation)
