@@ -72,7 +72,14 @@ def errors(stderr: str) -> list[str]:
 
 
 TINY = dict(
-    total_timesteps=64, learning_starts=20, num_steps=16, num_envs=2, batch_size=8, eval_every=0, eval_episodes=1
+    total_timesteps=64,
+    learning_starts=20,
+    num_steps=16,
+    num_envs=2,
+    batch_size=8,
+    validation_episodes=1,
+    eval_every=0,
+    eval_episodes=1,
 )
 NUMBERS = {  # values that a random command line draws from, by type
     int: [-(10**18), -1, 0, 1, 2, 3, 7, 64],
