@@ -151,6 +151,8 @@ def lengths(script: str) -> tuple[int, int]:
             return 340, 815
         if 'Literal["base", "alt"]' in words:  # two algorithms
             return 355, 820
+        if "def update_latent" in words:  # a discriminator and a latent policy beside qmix
+            return 385, 850
         return (395, 875) if "class TeamRollout" in words else (305, 770)
     if "def conjugate_gradient" in words:  # second derivatives and a line search
         return 315, 695
