@@ -69,6 +69,10 @@ HALF_CHEETAH_PPO = dict(
     normalize_obs=True,
     normalize_reward=True,
 )
+EPYMARL_QTRAN = (  # it has no configuration for its QTRAN: that of QMIX, with what pymarl's QTRAN has in addition
+    "qmix use_rnn=True learner=qtran_learner mixer=qtran_base qtran_arch=qtran_paper network_size=small opt_loss=1 "
+    "nopt_min_loss=0.1 mixing_embed_dim=64 rnn_hidden_dim=64 target_update_interval=200"
+)
 COMPARISONS = {
     "td3 HalfCheetah-v4": Comparison(
         "algos/td3.py",
@@ -163,6 +167,7 @@ COMPARISONS = {
     "qmix simple_spread_v3, feed-forward": Comparison(
         "marl_algos/qmix.py", 5_000, dict(recurrent=False), epymarl="qmix use_rnn=False"
     ),
+    "qtran simple_spread_v3, GRU": Comparison("marl_algos/qtran.py", 5_000, dict(updates=1), epymarl=EPYMARL_QTRAN),
     "mappo simple_spread_v3, policy with GRU": Comparison(
         "marl_algos/mappo.py",
         10_000,
@@ -268,7 +273,7 @@ def measure_epymarl(comparison: Comparison, checkout: str) -> float:
     algorithm, *settings = comparison.epymarl.split()
     settings += ["env_args.key=spread", "env_args.time_limit=25", "use_cuda=False", f"t_max={comparison.steps}"]
     settings += ["test_nepisode=1", "test_interval=1000000000"]
-    sys.argv = ["main.py", "--capture=no", f"--config={algorithm}", "--env-config=gymma", "with", *settings]
+    sys.argv = ["main.py", "--capture=no", "--force", f"--config={algorithm}", "--env-config=gymma", "with", *settings]
 
     def cpu_seconds() -> float:
         usages = [resource.getrusage(whose) for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
