@@ -5,7 +5,8 @@
 """A2C: advantage actor-critic with N synchronous environments.
 
 Paper   Mnih, Badia, Mirza, Graves, Lillicrap, Harley, Silver & Kavukcuoglu, 2016.
-        https://proceedings.mlr.press/v48/mniha16.pdf; the pseudo-code: https://arxiv.org/abs/1602.01783
+        https://proceedings.mlr.press/v48/mniha16.pdf; the synchronous form: Wu et al., 2017.
+        https://arxiv.org/abs/1708.05144
 Notes   "Actor-Critic (2016)"; its picture is in vpg.py. The lines below are those of the paper's algorithm S3 for one
         thread, with N environments in place of the threads, which are in a3c.py
 Run     python algos/a2c.py --env-id CartPole-v1
@@ -22,7 +23,7 @@ Run     python algos/a2c.py --env-id CartPole-v1
 Beyond the pseudo-code: the paper has sums over the steps of a thread; means make the learning rate η independent of N
 and t_max. The value loss has a weight, and gradients are clipped. g starts at 1, as in TensorFlow, whose RMSProp the
 first implementations used: with g = 0 the first steps would be long. Where a time limit ends an episode, line 4
-bootstraps from the true last observation. The synchronous form is not in the paper; OpenAI called it A2C.
+bootstraps from the true last observation.
 `diff algos/ppo.py algos/a2c.py` shows the difference from PPO: with one epoch of one minibatch, without clipping and
 without normalised advantages, the gradient of PPO is that of lines 6 and 7.
 

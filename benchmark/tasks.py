@@ -592,6 +592,15 @@ TASKS = [  # the first task of a script is the one that README shows
         "the environment's own reward threshold; rl-baselines3-zoo: 500 ± 0 after 500,000 steps",
         seeds=5,
     ),
+    # --- a3c ----------------------------------------------------------------------------------------------------------
+    Task(
+        "a3c__CartPole-v1",
+        "algos/a3c.py",
+        "--env-id CartPole-v1",
+        475,
+        "the environment's own reward threshold, and that of a2c__CartPole-v1",
+        minutes=3,
+    ),
     # --- gae: the settings of vpg -------------------------------------------------------------------------------------
     Task(
         "gae__CartPole-v1",

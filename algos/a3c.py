@@ -1,0 +1,658 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["gymnasium", "moviepy", "numpy", "tensorboard", "torch", "tqdm", "tyro"]
+# ///
+"""A3C: asynchronous advantage actor-critic, in processes that share their parameters.
+
+Paper   Mnih, Badia, Mirza, Graves, Lillicrap, Harley, Silver & Kavukcuoglu, 2016.
+        https://proceedings.mlr.press/v48/mniha16.pdf; the pseudo-code: https://arxiv.org/abs/1602.01783
+Notes   "Actor-Critic (2016)"; its picture is in vpg.py. The lines below are those of the paper's algorithm S3, numbered
+Run     python algos/a3c.py --env-id CartPole-v1
+
+     1  shared by all processes: policy parameters θ, value parameters φ, the statistic g of RMSProp, a counter T = 0
+     2  each process repeats:
+     3      θ' ← θ, φ' ← φ, its own copies
+     4      for t = 1, ..., t_max, unless s_t is terminal: take a_t ~ π_θ'(·|s_t), observe r_t and s_t+1
+     5      R = 0 if the last state is terminal, else V_φ'(s) of it
+     6      R_t = r_t + γ R_t+1, backwards in time from R;  Â_t = R_t - V_φ'(s_t)
+     7      dθ = ∇_θ' mean (log π_θ'(a_t|s_t) Â_t + β H[π_θ'(·|s_t)])
+     8      dφ = -∇_φ' mean (R_t - V_φ'(s_t))²
+     9      T ← T + the number of these steps
+    10      a step of RMSProp on the shared θ and φ: g ← α g + (1 - α) Δ², Δ = (dθ, dφ);
+            (θ, φ) ← (θ, φ) + η Δ / √(g + ε)
+    11  until T > T_max
+
+Beyond the pseudo-code: no lock guards line 10, as in the paper, so that the steps of two processes may overlap, and two
+runs with the same seed differ. The paper has sums over the steps of a segment; means make the learning rate η
+independent of t_max. The value loss has a weight, gradients are clipped, η is annealed to 0, and g starts at 1, as in
+TensorFlow. Where a time limit ends an episode, line 5 bootstraps from the true last observation. One more process, the
+main one, counts T, logs and evaluates; a process waits for it after each segment. `diff algos/a2c.py algos/a3c.py`
+shows what differs from the synchronous form.
+
+Result  CartPole-v1 by the command above, with four processes: being measured
+"""
+
+import contextlib
+import copy
+import errno
+import importlib
+import json
+import math
+import multiprocessing.connection
+import os
+import random
+import signal
+import sys
+import threading
+import time
+import traceback
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import tyro
+from torch.distributions import Categorical, Independent, Normal
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    env_id: str = "CartPole-v1"
+    """a gymnasium environment with vectors as observations and Discrete, MultiDiscrete or vector actions"""
+    env_kwargs: str = "{}"
+    """arguments of the environment, as JSON"""
+    total_timesteps: int = 500_000
+    """environment steps of all processes together, T_max"""
+    num_workers: int = 4
+    """processes, each with its own environment"""
+    num_steps: int = 20
+    """most steps of a segment between two updates, t_max"""
+    gamma: float = 0.99
+    """discount factor, γ"""
+    learning_rate: float = 7e-4
+    """learning rate of RMSProp at the start, η of line 10"""
+    anneal: bool = True
+    """anneal the learning rate linearly to 0"""
+    value_coef: float = 0.5
+    """weight of line 8 in the loss"""
+    entropy_coef: float = 0.0
+    """weight of the entropy bonus, β of line 7"""
+    max_grad_norm: float = 0.5
+    """maximum gradient norm"""
+
+    seed: int = 1
+    """seed of the networks, the actions and the environments"""
+    run_dir: str = ""
+    """folder of log, checkpoint and result; if empty, runs/<env>__<script>__<seed>__<time>"""
+    eval_every: int = 25_000
+    """environment steps between evaluations; 0 evaluates at the end only"""
+    eval_episodes: int = 100
+    """episodes per evaluation, with the most likely actions"""
+    checkpoint_every: int = 100_000
+    """environment steps between checkpoints; 0 saves at the end only"""
+    resume: str = ""
+    """folder of a run to continue with that run's settings"""
+    capture_video: bool = False
+    """film the first episode of the last evaluation"""
+
+
+def network(inputs: int, outputs: int, gain: float) -> nn.Sequential:
+    """Two tanh layers; orthogonal weights, scaled by `gain` in the last layer: (batch, inputs) -> (batch, outputs)."""
+    net = nn.Sequential(nn.Linear(inputs, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, outputs))
+    for layer in (net[0], net[2], net[4]):
+        nn.init.orthogonal_(layer.weight, gain if layer is net[4] else math.sqrt(2))
+        nn.init.zeros_(layer.bias)
+    return net
+
+
+class CategoricalPolicy(nn.Module):
+    """π_θ for Discrete and MultiDiscrete: observations -> choices (batch, components), a softmax for each."""
+
+    def __init__(self, obs_dim: int, space: gym.Space):
+        super().__init__()
+        choices = torch.as_tensor(getattr(space, "nvec", getattr(space, "n", 0))).reshape(-1, 1)
+        self.register_buffer("absent", torch.arange(int(choices.max())) >= choices)  # if a component has fewer choices
+        self.net = network(obs_dim, self.absent.numel(), gain=0.01)
+
+    def forward(self, s):
+        logits = self.net(s).view(-1, *self.absent.shape).masked_fill(self.absent, -1e9)
+        return Independent(Categorical(logits=logits, validate_args=False), 1, validate_args=False)
+
+
+class GaussianPolicy(nn.Module):
+    """π_θ for Box: observations -> actions (batch, action_dim), normal; the standard deviation is independent of s."""
+
+    def __init__(self, obs_dim: int, space: gym.Space):
+        super().__init__()
+        self.net = network(obs_dim, space.shape[0], gain=0.01)
+        self.log_std = nn.Parameter(torch.zeros(space.shape[0]))
+
+    def forward(self, s):
+        return Independent(Normal(self.net(s), self.log_std.exp(), validate_args=False), 1, validate_args=False)
+
+
+class RMSProp(torch.optim.Optimizer):
+    """The paper's RMSProp, with ε inside the root, on all parameters as one vector, of which they become views."""
+
+    def __init__(self, parameters, lr: float, alpha: float = 0.99, eps: float = 1e-5):
+        parameters = list(parameters)
+        vector = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
+        vector.grad = torch.zeros_like(vector)
+        nn.utils.vector_to_parameters(vector, parameters)
+        for parameter, gradient in zip(parameters, vector.grad.split([p.numel() for p in parameters])):
+            parameter.grad = gradient.view_as(parameter)
+        super().__init__([vector], dict(lr=lr, alpha=alpha, eps=eps))
+        self.state[vector]["g"] = torch.ones_like(vector)
+
+    @property
+    def vector(self) -> nn.Parameter:
+        return self.param_groups[0]["params"][0]
+
+    def share(self):
+        """Move the parameters and g into memory that all processes see."""
+        self.vector.share_memory_()
+        self.state[self.vector]["g"].share_memory_()
+
+    def zero_grad(self, set_to_none: bool = False):
+        super().zero_grad(set_to_none=False)  # the gradients stay views
+
+    @torch.no_grad()
+    def step(self):
+        (group,), g = self.param_groups, self.state[self.vector]["g"]
+        g.lerp_(self.vector.grad.square(), 1 - group["alpha"])  # line 10
+        self.vector.addcdiv_(self.vector.grad, (g + group["eps"]).sqrt(), value=-group["lr"])
+
+
+class A3C:
+    """Networks and optimiser: the shared ones, or the copies of one process. Segments: T steps of one environment."""
+
+    def __init__(self, obs_dim: int, action_space: gym.Space, args: Args):
+        self.args = args
+        policy = GaussianPolicy if isinstance(action_space, gym.spaces.Box) else CategoricalPolicy
+        self.policy = policy(obs_dim, action_space)
+        self.value = network(obs_dim, 1, gain=1.0)
+        self.optimizer = RMSProp([*self.policy.parameters(), *self.value.parameters()], lr=args.learning_rate)
+
+    @torch.inference_mode()
+    def act(self, obs, explore: bool = True):
+        """Actions (N, action_dim) for observations (N, obs_dim): drawn from π_θ, or without exploration its mode."""
+        pi = self.policy(obs)
+        return pi.sample() if explore else pi.mode
+
+    @torch.no_grad()
+    def copy(self, shared: RMSProp):
+        self.optimizer.vector.copy_(shared.vector)  # line 3
+
+    @torch.no_grad()
+    def targets(self, s, a, r, terminated: bool) -> dict:
+        """Of a segment's s (T + 1, obs_dim), a (T, action_dim) and rewards r: s, a, Â and R, without the last state."""
+        v = self.value(s).squeeze(-1)  # (T + 1,)
+        R, returns = 0.0 if terminated else v[-1].item(), []  # line 5
+        for reward in reversed(r):
+            R = reward + self.args.gamma * R  # line 6
+            returns.insert(0, R)
+        returns = torch.tensor(returns)
+        return dict(s=s[:-1], a=a, advantage=returns - v[:-1], returns=returns)
+
+    def loss(self, s, a, advantage, returns):
+        """The loss of a segment, and its three parts."""
+        pi = self.policy(s)
+        policy_loss = -(pi.log_prob(a) * advantage).mean()  # line 7
+        value_loss = (self.value(s).squeeze(-1) - returns).square().mean()  # line 8
+        entropy = pi.entropy().mean()
+        loss = policy_loss + self.args.value_coef * value_loss - self.args.entropy_coef * entropy
+        return loss, torch.stack([policy_loss, value_loss, entropy]).detach()
+
+    def update(self, segment: dict, shared: RMSProp) -> dict:
+        """A step on the shared parameters with the gradient of this process's copies."""
+        loss, parts = self.loss(**segment)
+        self.optimizer.zero_grad()
+        loss.backward()  # lines 7, 8
+        nn.utils.clip_grad_norm_(self.optimizer.vector, self.args.max_grad_norm)
+        shared.vector.grad = self.optimizer.vector.grad
+        shared.step()  # line 10
+        return dict(zip(("losses/policy", "losses/value", "charts/entropy"), parts.tolist()))
+
+
+def learn(args: Args, number: int, shared: RMSProp, T: int, report):
+    """Lines 2-10 in one process. report(steps, losses, episodes that ended) of a segment returns the new T."""
+    env, seed = make_env(args), args.seed + T + number
+    set_up_torch(replace(args, seed=seed))
+    agent = A3C(env.observation_space.shape[0], env.action_space, args)
+    s, _ = env.reset(seed=seed)
+    while True:  # line 2
+        agent.copy(shared)  # line 3
+        S, A, R, episodes = [torch.as_tensor(s, dtype=torch.float32)], [], [], []
+        while len(R) < args.num_steps and not episodes:  # line 4
+            A.append(agent.act(S[-1][None]))
+            s, r, terminated, truncated, info = env.step(to_env(A[-1], env.action_space)[0])
+            S.append(torch.as_tensor(s, dtype=torch.float32))
+            R.append(r)
+            if terminated or truncated:
+                episodes.append(info["episode"])
+                s, _ = env.reset()
+        segment = agent.targets(torch.stack(S), torch.cat(A), R, terminated)  # lines 5, 6
+        fraction = T / args.total_timesteps if args.anneal else 0.0
+        shared.param_groups[0]["lr"] = linear(args.learning_rate, 0.0, fraction)
+        losses = agent.update(segment, shared)  # lines 7, 8, 10
+        T = report(len(R), losses, episodes)  # line 9
+
+
+def train(args: Args) -> dict:
+    """Train, evaluate, and return what <run_dir>/result.json holds."""
+    check(args, gamma=(0, 1), learning_rate=(0, math.inf), max_grad_norm=(0, math.inf))
+    check(args, value_coef=(0, math.inf), entropy_coef=(0, math.inf), num_workers=(1, 256), num_steps=(1, math.inf))
+    env = make_env(args)
+    require_spaces(env, obs="vector", action="Discrete or multi-discrete or vector")
+    set_up_torch(args)
+    agent = A3C(env.observation_space.shape[0], env.action_space, args)  # line 1
+
+    def act(obs: np.ndarray, explore: bool):
+        s = torch.as_tensor(obs[None], dtype=torch.float32)
+        return to_env(agent.act(s, explore), env.action_space)[0]
+
+    def evaluation(film: Path | None = None) -> list[float]:
+        return evaluate(act, make_env(args, film), args.eval_episodes)
+
+    with Run(args, **parts_of(agent)) as run:
+        with Workers(args, agent.optimizer, run.step) as reports:  # line 2
+            while run.step < args.total_timesteps:  # line 11
+                steps, losses, episodes = next(reports)  # of a segment, lines 3-10
+                run.log(losses)
+                for episode in episodes:
+                    run.log_episode(episode)
+                run.advance(steps)
+                run.evaluate_and_save(evaluation)
+        return run.finish(evaluation)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Plumbing: the same in every script that has it
+
+
+def require(condition: bool, message: str):
+    """Exit with code 2 and one line unless the condition holds."""
+    if not condition:
+        print("error:", *message.split(), file=sys.stderr)
+        raise SystemExit(2)
+
+
+def check(args, **ranges: tuple[float, float]):
+    """Exit with code 2 and one line unless the settings are finite and lie in these closed ranges."""
+    ranges |= dict(total_timesteps=(1, math.inf), eval_episodes=(1, math.inf), num_threads=(1, os.cpu_count()))
+    ranges |= dict(eval_every=(0, math.inf), checkpoint_every=(0, math.inf), seed=(0, 2**32 - 1))
+    for name, (low, high) in ranges.items():
+        for value in np.ravel(getattr(args, name, [])):
+            fits = low <= value <= high and math.isfinite(value)
+            require(fits, f"--{name.replace('_', '-')} must lie in [{low}, {high}], it is {value}")
+
+
+def set_up_torch(args) -> torch.device:
+    """Seed every random generator, set the number of threads, and return the device."""
+    device, gpu = getattr(args, "device", "cpu"), torch.cuda.is_available()
+    fits = device in ("auto", "cpu") or (device == "cuda" and gpu)
+    require(fits, f"--device must be auto, cpu or, with a GPU, cuda, it is {device}")
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(getattr(args, "num_threads", 1))
+    return torch.device("cuda" if gpu and device != "cpu" else "cpu")
+
+
+def work(args: Args, number: int, shared: RMSProp, T: int, ends, end):
+    """A process: runs `learn` until the main process closes its end of the connection, or ends."""
+    for other in ends:  # of the main process, inherited
+        other.close()
+    for number_of_signal in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number_of_signal, signal.SIG_IGN)  # the main process handles them
+
+    def report(*message) -> int:
+        end.send(message)
+        return end.recv()
+
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        try:
+            learn(args, number, shared, T, report)
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            raise
+        except Exception as error:
+            end.send((error, traceback.format_exc()))
+
+
+class Workers:
+    """The processes of line 2, as long as its `with` block lasts, in which it gives an iterator over their reports."""
+
+    def __init__(self, args: Args, shared: RMSProp, T: int):
+        context = torch.multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+        shared.share()  # line 1
+        self.T = T
+        self.ends, others = zip(*[context.Pipe() for _ in range(args.num_workers)])
+        given = [(args, number, shared, T, self.ends, other) for number, other in enumerate(others)]
+        self.processes = [context.Process(target=work, args=x, daemon=True) for x in given]
+
+    def __enter__(self):
+        for process in self.processes:
+            process.start()
+        return self.reports()
+
+    def reports(self):
+        while True:
+            ready = multiprocessing.connection.wait([*self.ends, *[process.sentinel for process in self.processes]])
+            for end, process in zip(self.ends, self.processes):
+                if end in ready:
+                    message = end.recv()
+                    if isinstance(message[0], Exception):
+                        raise message[0] from RuntimeError(f"in one of the processes:\n{message[1]}")
+                    self.T += message[0]  # line 9
+                    yield message
+                    end.send(self.T)
+                elif process.sentinel in ready:
+                    process.join()
+                    raise RuntimeError(f"a process ended with the exit code {process.exitcode}")
+
+    def __exit__(self, *_):
+        for end in self.ends:
+            end.close()  # each process then ends after its segment
+        for process in self.processes:
+            process.join(timeout=5)
+            process.kill()  # if its environment hangs
+
+
+def linear(start: float, end: float, fraction: float) -> float:
+    """Linear interpolation from start to end while the fraction goes from 0 to 1; then end."""
+    return start + min(fraction, 1.0) * (end - start)
+
+
+def to_env(a, space: gym.Space) -> np.ndarray:
+    """Actions (batch, action_dim) of a policy as an environment takes them: inside the Box, in the space's shape."""
+    a = a.cpu().numpy().reshape(-1, *space.shape)
+    return np.clip(a, space.low, space.high) if isinstance(space, gym.spaces.Box) else a
+
+
+class Episodes(gym.Wrapper):
+    """Records episodes' returns and lengths, copies observations, and raises an error if a number is not finite."""
+
+    def reset(self, **kwargs):
+        obs, info = self.env.reset(**kwargs)
+        self.episode = {"r": 0.0, "l": 0}
+        return copy.copy(obs), info
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        reward = float(np.asarray(reward).item())  # some environments return an array (1,)
+        if not (math.isfinite(reward) and np.isfinite(obs).all()):
+            raise FloatingPointError(f"{self.spec.id} gave the observation {obs} and the reward {reward}")
+        self.episode = {"r": self.episode["r"] + reward, "l": self.episode["l"] + 1}
+        if terminated or truncated:
+            info = info | {"episode": self.episode}
+        return copy.copy(obs), reward, bool(terminated), bool(truncated), info
+
+
+def make_env(args, film: Path | None = None) -> gym.Env:
+    """The environment of the settings; with `film`, its first episode is recorded in that folder."""
+    if args.capture_video and sys.platform == "linux" and "DISPLAY" not in os.environ:
+        os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo draws without a display
+    gym.logger.min_level = gym.logger.ERROR  # no warning about newer versions at each evaluation
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # so that `my_module:MyEnv-v0` is found
+    try:
+        kwargs = json.loads(args.env_kwargs) | ({"render_mode": "rgb_array"} if args.capture_video else {})
+        env = gym.make(args.env_id, **kwargs)
+        if args.capture_video:  # a missing package or renderer is reported before training
+            importlib.import_module("moviepy")
+            env.reset(seed=args.seed)
+            assert env.render() is not None, "it renders nothing"
+        if film:
+            env = gym.wrappers.RecordVideo(env, str(film), episode_trigger=lambda episode: episode == 0)
+    except Exception as error:  # any error of an environment ends in one line
+        problem = f"cannot make {args.env_id} with --env-kwargs {args.env_kwargs}: "
+        problem += str(error) or type(error).__name__
+        if isinstance(error, ModuleNotFoundError):
+            problem += f"; is it installed (pip install {error.name})?"
+        if isinstance(error, gym.error.UnregisteredEnv):
+            problem += " Name the module of other packages, as in minigrid:MiniGrid-Empty-5x5-v0 or my_module:MyEnv-v0;"
+            problem += " PettingZoo's environments are for the scripts in marl_algos."
+        require(False, problem)
+    return Episodes(env)
+
+
+def require_spaces(env: gym.Env, obs: str, action: str):
+    """Exit with code 2 and one line unless the spaces are of these kinds, such as "Discrete or vector": see kind_of."""
+    spaces = f"{env.spec.id} has {env.observation_space} and {env.action_space}"
+    kinds = kind_of(env.observation_space), kind_of(env.action_space)
+    fits = all(kind.endswith(tuple(needed.split(" or "))) for kind, needed in zip(kinds, (obs, action)))
+    scripts = {"Discrete, Discrete": "q_learning, sarsa", "vector, Discrete": "dqn, ppo", "vector, vector": "td3, ppo"}
+    scripts |= {"vector, multi-discrete": "ppo", "image, Discrete": "dqn_atari, ppo_atari"}
+    fitting = scripts.get(", ".join(kinds).replace("bounded ", ""), "another environment")
+    require(fits, f"{Path(__file__).stem} needs {obs} observations and {action} actions; {spaces}; try {fitting}")
+
+
+def kind_of(space: gym.Space) -> str:
+    """Discrete or multi-discrete (from 0 on), vector or bounded vector (Box of one axis), image (of bytes) or other."""
+    if isinstance(space, gym.spaces.Box):
+        image = len(space.shape) == 3 and space.dtype in (np.uint8, bool)
+        vector = "bounded vector" if space.is_bounded() else "vector"
+        return vector if len(space.shape) == 1 else "image" if image else "other"
+    names = {gym.spaces.Discrete: "Discrete", gym.spaces.MultiDiscrete: "multi-discrete"}
+    return "other" if np.any(getattr(space, "start", 0)) else names.get(type(space), "other")
+
+
+def evaluate(act, env: gym.Env, episodes: int, max_steps: int = 27_000) -> list[float]:
+    """Undiscounted returns of `act` without exploration in `env`, always from the same seeds; closes `env`."""
+    returns = []
+    for episode in range(episodes):
+        obs, _ = env.reset(seed=10_000 + episode)
+        returns.append(0.0)
+        for _ in range(max_steps):  # without a time limit, an episode of a greedy policy may never end
+            obs, reward, terminated, truncated, _ = env.step(act(obs, explore=False))
+            returns[-1] += reward
+            if terminated or truncated:
+                break
+    with contextlib.suppress(Exception):  # an error in close() does not change the returns
+        env.close()
+    return returns
+
+
+def parts_of(agent) -> dict:
+    """The parts of the agent that a checkpoint must hold: networks, target networks and optimisers, by name."""
+    return {name: part for name, part in vars(agent).items() if hasattr(part, "state_dict")}
+
+
+class Run:
+    """A run's folder (settings, TensorBoard log, checkpoint, result), its timer and its progress bar.
+
+    `with Run(args, **parts)` opens the folder or, to resume, loads its checkpoint into the parts, each with a
+    state_dict. Ctrl-C and SIGTERM end the run after the current step, with a checkpoint. A full disk and numbers that
+    are not finite end it with one line; the last checkpoint is then kept.
+    """
+
+    def __init__(self, args, **parts):
+        name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        self.folder = Path(args.run_dir or f"runs/{name}").absolute()  # an environment may change the working folder
+        self.args, self.parts, self.step, self.seconds, self.saved, self.flushed = args, parts, 0, 0.0, -1, 0
+        self.sums, self.next_line, self.status, self.signal = {}, 30.0, "no episode yet", 0
+        free = args.resume or not os.path.exists(self.folder / "args.json")
+        require(free, f"{self.folder} holds a run: --resume it, or choose another --run-dir")
+        if args.resume and (self.folder / "checkpoint.pt").exists():
+            self.load(self.folder / "checkpoint.pt")
+        settings = json.dumps({"script": Path(__file__).stem, **asdict(args)}, indent=1)
+        self.write("args.json", lambda path: path.write_text(settings))
+        self.writer = SummaryWriter(self.folder, purge_step=self.step + (self.step < args.total_timesteps))
+        self.bar = tqdm(initial=self.step, total=args.total_timesteps, unit="step", disable=None)
+        self.began = time.perf_counter() - self.seconds
+
+    def __enter__(self):
+        with contextlib.suppress(ValueError):  # only the main thread receives signals
+            signal.signal(signal.SIGINT, self.interrupt)
+            signal.signal(signal.SIGTERM, self.interrupt)
+        threading.excepthook = lambda _: None  # `__exit__` reports if TensorBoard's thread cannot write
+        return self
+
+    def interrupt(self, number: int, frame):
+        """End the run after the current step or evaluation; a second signal of the same kind ends it at once."""
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def load(self, path: Path):
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=os.name == "posix")
+            self.step, self.seconds, (cpu, *gpus) = state["step"], state["seconds"], state["rng"]
+            torch.set_rng_state(cpu)
+            torch.cuda.set_rng_state_all(gpus[: torch.cuda.device_count()])
+            for name, part in self.parts.items():
+                part.load_state_dict(state[name])
+        except Exception as error:  # truncated, empty, or from other settings
+            require(False, f"{path} is not a checkpoint of this run: {error!r:.200}")
+        self.saved = self.flushed = self.step
+
+    def write(self, name: str, save):
+        """Write a file with save(path) under a temporary name, then rename it: a crash leaves a whole file."""
+        aside = self.folder / f"{name}.tmp"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save(aside)
+            os.replace(aside, self.folder / name)
+        except (OSError, RuntimeError) as error:  # no permission, a full disk
+            with contextlib.suppress(OSError):
+                aside.unlink()
+            require(False, f"cannot write {self.folder / name}; what was saved before stays: {error!r:.200}")
+
+    def advance(self, count: int = 1):
+        """Advance the step counter, the timer and the progress bar by `count` environment steps."""
+        self.step, self.stride, self.seconds = self.step + count, count, time.perf_counter() - self.began
+        self.bar.update(count)
+        if self.due(max(self.args.total_timesteps // 500, 1)):
+            self.flush()
+        if self.bar.disable and self.seconds > self.next_line:  # without a terminal, a line every 30 seconds
+            self.next_line, speed = self.seconds + 30, self.step / self.seconds
+            print(f"{self.step}/{self.args.total_timesteps} steps | {self.status} | {speed:.0f} steps/s", flush=True)
+
+    def due(self, every: int) -> bool:
+        """Whether the latest steps reached a multiple of `every`; not at the end, where `finish` does both anyway."""
+        return every > 0 and self.step % every < self.stride and self.step < self.args.total_timesteps
+
+    def log(self, scalars: dict):
+        """Collect scalars; 500 times per run, their means since the last time are written to TensorBoard."""
+        for tag, value in scalars.items():
+            total, count = self.sums.get(tag, (0.0, 0))
+            self.sums[tag] = (total + value, count + 1)
+
+    def log_episode(self, episode: dict):
+        """Collect the return r and the length l of a training episode."""
+        self.log({"charts/episodic_return": float(episode["r"]), "charts/episodic_length": int(episode["l"])})
+        self.status = f"return {float(episode['r']):.2f}"
+        self.bar.set_description_str(self.status, refresh=False)
+
+    def flush(self):
+        """Write what `log` collected, at most once per step. A loss that is not finite ends the run."""
+        if self.step > self.flushed:
+            self.log({"charts/steps_per_second": self.step / self.seconds})
+            for tag, (total, count) in self.sums.items():
+                mean = float(total) / count
+                if tag.startswith("losses/") and not math.isfinite(mean):
+                    raise FloatingPointError(f"{tag} is {mean}")
+                self.writer.add_scalar(tag, mean, self.step)
+            self.sums, self.flushed = {}, self.step
+
+    def save(self):
+        """Write the checkpoint, unless one of its numbers is not finite."""
+        self.flush()
+        self.writer.flush()
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        if not is_finite(state):
+            raise FloatingPointError("a number in the checkpoint is not finite")
+        state |= {"step": self.step, "seconds": self.seconds}
+        state["rng"] = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+        self.write("checkpoint.pt", lambda path: torch.save(state, path))
+        self.saved = self.step
+
+    def evaluate_and_save(self, evaluation):
+        """Evaluate and save where each is due; `evaluation` gives its episodes' returns. End the run after a signal."""
+        if self.due(self.args.eval_every):
+            self.writer.add_scalar("eval/return", np.mean(evaluation()), self.step)
+        if self.due(self.args.checkpoint_every) or self.signal:
+            self.save()
+        if self.signal:
+            print(f"\nstopped at step {self.step}; continue with --resume {self.folder}", file=sys.stderr)
+            raise SystemExit(128 + self.signal)
+
+    def finish(self, evaluation) -> dict:
+        """Save, evaluate once more (and film it, if requested), write result.json, print the final line."""
+        if self.step > self.saved:
+            self.save()
+        self.bar.close()
+        returns = evaluation(self.folder / "videos" if self.args.capture_video else None)
+        mean, std, speed = float(np.mean(returns)), float(np.std(returns)), self.step / self.seconds
+        self.writer.add_scalar("eval/return", mean, self.step)
+        result = {"script": Path(__file__).stem, "args": asdict(self.args), "return": mean, "std": std}
+        result |= {"returns": returns, "steps": self.step, "seconds": self.seconds, "steps_per_second": speed}
+        self.write("result.json", lambda path: path.write_text(json.dumps(result, indent=1)))
+        print(f"final: return {mean:.2f} ± {std:.2f} over {len(returns)} episodes", end=" | ")
+        print(f"{self.step} steps | {self.seconds:.1f} s | {speed:.0f} steps/s")
+        return result
+
+    def __exit__(self, kind, error, trace):
+        """Print one line on why the loop ended early; the traceback of an error of the environment follows it."""
+        with contextlib.suppress(ValueError):
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self.bar.close()
+        with contextlib.suppress(OSError):  # the disk may be full
+            self.writer.close()
+        if isinstance(error, Exception):
+            ending = f"at step {self.step}; the last good checkpoint, if any, is in {self.folder}"
+            broken = [f"{name} is not finite" for name, part in self.parts.items() if not is_finite(part.state_dict())]
+            known = isinstance(error, FloatingPointError) or "overflow" in str(error)
+            known |= isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+            require(not (broken or known), f"{', '.join(broken + [str(error)] * known)} {ending}")
+            print(f"{type(error).__name__} {ending}", file=sys.stderr)
+
+
+def is_finite(state) -> bool:
+    """Whether all numbers of a state_dict are finite."""
+    if isinstance(state, torch.Tensor):
+        return not state.is_floating_point() or bool(state.isfinite().all())
+    inner = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
+    return all(map(is_finite, inner))
+
+
+def saved_args(folder: str) -> Args:
+    """The settings of the run in this folder, to resume it; exits with code 2 and one line if it holds no such run."""
+    path, script, default = Path(folder) / "args.json", Path(__file__).stem, asdict(Args())
+    try:
+        saved = json.loads(path.read_text())
+        fits = saved.pop("script") == script and saved.keys() == default.keys()
+        fits = fits and all(isinstance(saved[name], (type(default[name]), int)) for name in default)
+    except Exception:  # no such file, not JSON, or not written by a run
+        fits = False
+    require(fits, f"{path} does not hold the settings of a run of {script}")
+    return Args(**saved | {"run_dir": folder, "resume": folder})
+
+
+def main():
+    """Train with the settings of the command line; with --resume, with those of the run in that folder."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal without UTF-8
+    description = __doc__.replace("\n", "\n ")  # tyro keeps the line breaks before indented lines
+    args = tyro.cli(Args, description=description)
+    if args.resume:
+        saved = saved_args(args.resume)
+        args = tyro.cli(Args, description=description, default=saved)
+        renewable = {"total_timesteps", "eval_every", "eval_episodes", "checkpoint_every", "capture_video"}
+        renewable |= {"device", "num_threads", "compile"}
+        other = {name for name, value in vars(args).items() if value != vars(saved)[name]} - renewable
+        require(not other, f"beside --resume, leave out {', '.join(sorted(other))}: these settings of a run stay")
+    try:
+        train(args)
+    except (MemoryError, OverflowError, RuntimeError) as error:
+        too_large = not isinstance(error, RuntimeError) or "memory" in str(error).lower()
+        require(not too_large, f"a size among the settings exceeds the memory: {error}")
+        raise
+
+
+if __name__ == "__main__":
+    main()
