@@ -27,8 +27,8 @@ networks are those of ppo.py; f has one hidden layer and f̂ three. Of our own i
 would learn f from a few rollouts. The paper's weight of A_E is 2, for rewards in [-1, 1]; returns of MountainCar are a
 hundred times as large. `diff algos/ppo.py algos/rnd.py` shows what is added to PPO.
 
-Result  MountainCar-v0: being measured by the command above, where PPO without the bonus stays at -200. DeepSea-v0 with
-        its 10 rows: being measured after 580 episodes, while random actions need 1024. See benchmark/RESULTS.md
+Result  MountainCar-v0: being measured by the command above. DeepSea-v0 with its 10 rows: being measured after 580
+        episodes, while random actions need 1024. See benchmark/RESULTS.md, also for PPO without the bonus
 """
 
 import contextlib
