@@ -1096,6 +1096,7 @@ TASKS = [  # the first task of a script is the one that README shows
         "--env-id mpe2.simple_spread_v3",
         -14,
         "between random play, -27, and a script, -9.3, both measured per agent; qmix's threshold",
+        seeds=1,
         unit="per agent",
         record=True,
         note="A record beside qmix's task of the same name: no result of QTRAN is published.",
