@@ -1190,19 +1190,18 @@ TASKS = [  # the first task of a script is the one that README shows
         "qplex__two_step",
         "marl_algos/qplex.py",
         """--env-id envs.matrix_games --env-kwargs '{"game": "two_step"}' --total-timesteps 10000 --epsilon-end 1.0 """
-        "--gamma 0.99 --td-lambda 0 --learning-rate 0.0005 --no-anneal --no-normalize-state --updates 1 "
+        "--gamma 0.99 --td-lambda 0 --no-anneal --no-normalize-state --updates 1 "
         "--target-every 200 --eval-every 1000 --eval-episodes 1",
         8,
         "8 is the optimum; a sum of agents' values ends at 7",
         seeds=5,
         unit="per team",
     ),
-    # With Adam's default learning rate the agents' values stay at the fit of a sum, before λ has become large enough.
     Task(
         "qplex__qtran",
         "marl_algos/qplex.py",
         """--env-id envs.matrix_games --env-kwargs '{"game": "qtran"}' --total-timesteps 6000 --epsilon-end 1.0 """
-        "--learning-rate 0.005 --num-heads 10 --num-layers 2 --updates 1 --eval-every 1000 --eval-episodes 1",
+        "--num-heads 10 --num-layers 2 --updates 1 --eval-every 1000 --eval-episodes 1",
         8,
         "8 is the optimum, which Wang et al. (2021) report; a monotone mixer ends at 0",
         seeds=5,
