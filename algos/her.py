@@ -34,12 +34,11 @@ Run     python algos/her.py --env-id BitFlipping-v0
     P3              ascend ∇_θ mean_B (Q_φ(s‖g, μ_θ(s‖g)) - c |u|²), where μ_θ(s‖g) = tanh u
 
 Beyond the pseudo-code: S takes k goals at random from those achieved in later states of the episode (future), in its
-last state (final), in all its states (episode), or in all states so far (random). As in the paper's appendix, line 15
-comes after every 16 episodes, and then the targets are averaged; y is clipped to the range of possible returns; line 6
-takes a uniformly random action with probability ε, else the greedy action or that of μ with noise. The environment
-computes r and d for each goal: in BitFlipping-v0, d is 1 where the goal is reached, in the paper nowhere. The penalty
-c |u|² of the appendix keeps the policy's tanh from saturating; the mean is over the elements of u, too. The paper also
-normalises observations and evaluates the target networks.
+last state (final), in all its states (episode), or in all states so far (random). The environment computes r and d for
+each goal: in BitFlipping-v0, d is 1 where the goal is reached, in the paper nowhere. As in the appendix, line 15 comes
+after every 16 episodes, then the targets are averaged; y is clipped to the range of possible returns; c |u|², a mean
+over the elements of u, keeps the tanh from saturating; line 6 takes a uniformly random action with probability ε, else
+the greedy action or that of μ with noise. The paper also normalises observations and evaluates the target networks.
 
 Result  BitFlipping-v0 with 15 bits by the command above: -6.31 in 5 of 5 seeds, which is success in every episode by
         the shortest way. Other environments: benchmark/RESULTS.md
@@ -193,10 +192,9 @@ class DDPG:
         q_loss.backward()
         self.q_optimizer.step()
         u = self.policy[0](s)  # the inputs of the tanh
-        objective = self.q(torch.cat([s, u.tanh()], dim=1)).mean() - self.args.tanh_penalty * u.square().mean()
-        policy_loss = -objective  # line P3
+        policy_loss = self.args.tanh_penalty * u.square().mean() - self.q(torch.cat([s, u.tanh()], dim=1)).mean()
         self.policy_optimizer.zero_grad()
-        policy_loss.backward(inputs=list(self.policy.parameters()))  # no gradients for the Q-function
+        policy_loss.backward(inputs=list(self.policy.parameters()))  # line P3, without gradients for the Q-function
         self.policy_optimizer.step()
         return {"losses/q": q_loss.detach(), "losses/policy": policy_loss.detach()}
 
