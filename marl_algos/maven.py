@@ -35,8 +35,8 @@ draws anew in each step and for each agent, while all agents keep to one z for a
 one z differ from those of the others: its gradient passes through σ, the softmax over legal actions, into the Q_i.
 Evaluation takes the most probable z.
 Line 14 is REINFORCE: A is an episode's return minus the mean of the copies' returns, divided by their standard
-deviation. It uses an episode once, just after it was played, because those in D come from former g_θ; the authors' code
-samples D, with returns in place of A. As in that code, λ_QL of the picture is 1 and r_aux is left out.
+deviation. It uses an episode once, just after it was played, because older ones come from former g_θ; the authors' code
+samples the last 512, with returns in place of A. As in that code, λ_QL of the picture is 1 and r_aux is left out.
 Beyond the pictures: γ, λ, Adam with a learning rate that is annealed linearly to 0, gradients clipped to norm 10, and
 LayerNorm of s, all as in qmix.py. Several copies of the environment run in parallel, and `updates` updates follow each
 of their episodes. The team's reward is the mean or the sum of the agents' rewards. The Q_i of dead agents enter the
