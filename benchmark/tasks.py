@@ -438,6 +438,34 @@ TASKS = [  # the first task of a script is the one that README shows
         record=True,
         note="a record: the one above without goals in hindsight.",
     ),
+    # --- dreamerv3 ----------------------------------------------------------------------------------------------------
+    Task(
+        "dreamerv3__CartPole-v1",
+        "algos/dreamerv3.py",
+        "--env-id CartPole-v1",
+        400,
+        "a mark of our own; 500 is the maximum",
+        minutes=12,
+    ),
+    Task(
+        "dreamerv3__Pendulum-v1",
+        "algos/dreamerv3.py",
+        "--env-id Pendulum-v1",
+        -200,
+        "a mark of our own: a script that swings up and holds, -145; uniformly random play, -1176, both measured",
+        minutes=12,
+    ),
+    Task(
+        "dreamerv3__CartPole-v1_pixels",
+        "algos/dreamerv3.py",
+        "--env-id CartPole-v1 --pixels --train-ratio 32",
+        200,
+        "a mark of our own; 500 is the maximum",
+        seeds=1,
+        record=True,
+        note="a record: the paper's sizes for images begin at 12 million parameters.",
+        minutes=20,
+    ),
     # --- dqn ----------------------------------------------------------------------------------------------------------
     Task(
         "dqn__CartPole-v1",

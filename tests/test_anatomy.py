@@ -164,6 +164,8 @@ def lengths(script: str) -> tuple[int, int]:
         return 290, 825 if "distributed" in words else 695
     if "class Workers" in words:  # processes
         return 280, 660
+    if "class WorldModel" in words:  # three learners, for vectors and images
+        return 520, 1000
     if "class Hindsight" in words:  # two learners, and environments with goals
         return 290, 735
     if "class SumTree" in words:

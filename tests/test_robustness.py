@@ -77,6 +77,7 @@ TINY = dict(
     num_steps=16,
     num_envs=2,
     batch_size=8,
+    batch_length=8,
     validation_episodes=1,
     eval_every=0,
     eval_episodes=1,
@@ -87,6 +88,7 @@ NUMBERS = {  # values that a random command line draws from, by type
 }
 SIZES = {"buffer_size", "hidden_sizes", "hidden_dim", "mixing_dim", "tilings", "tiles", "arms", "batch_size"}
 SLOW = {"total_timesteps", "num_threads", "max_sweeps", "eval_episodes", "bandits", "update_epochs", "updates", "n"}
+SLOW |= {"size"}
 
 
 def random_command_lines(script: str, count: int) -> list[dict]:
@@ -129,7 +131,7 @@ def test_random_command_lines_end_well_or_with_one_line(script, tmp_path):
 TABLES = "q_learning sarsa double_q_learning n_step_sarsa dyna_q"
 VALUES = "dqn double_dqn dueling_dqn prioritized_dqn"
 ROLLOUTS = "ppo vpg gae trpo"
-VECTORS = f"{VALUES} {ROLLOUTS} reinforce actor_critic semi_gradient_sarsa"  # Discrete actions
+VECTORS = f"{VALUES} {ROLLOUTS} reinforce actor_critic semi_gradient_sarsa dreamerv3"  # Discrete actions
 BOXES = "td3 ddpg sac dpg"  # bounded vectors as actions
 
 FITS = {  # environment -> scripts that train in it
@@ -139,8 +141,8 @@ FITS = {  # environment -> scripts that train in it
     "NumpyScalars": VECTORS,
     "IntegerRewardAndFlags": VECTORS,
     "SameArray": VECTORS,
-    "SameArrayContinuous": f"{BOXES} {ROLLOUTS}",
-    "Float64Actions": f"{BOXES} {ROLLOUTS}",
+    "SameArrayContinuous": f"{BOXES} {ROLLOUTS} dreamerv3",
+    "Float64Actions": f"{BOXES} {ROLLOUTS} dreamerv3",
     "UnboundedActions": f"{ROLLOUTS} dpg",
     "ManyChoices": ROLLOUTS,
     "RaisesInClose": VECTORS,
@@ -148,7 +150,7 @@ FITS = {  # environment -> scripts that train in it
     "EndsAtOnce": VECTORS,
 }
 REFUSED = {  # environment -> scripts that refuse it, and a word of their line
-    "UnboundedActions": ("td3 ddpg sac", "bounded vector actions"),
+    "UnboundedActions": ("td3 ddpg sac dreamerv3", "bounded vector actions"),
     "ActionsFromOne": (VECTORS, "start=1"),
     "CellsFromOne": (TABLES, "start=1"),
     "Matrix": (f"{VECTORS} {BOXES}", "(2, 2)"),
