@@ -960,7 +960,6 @@ TASKS = [  # the first task of a script is the one that README shows
         0.9,
         "Papoudakis et al. (2021): 1.00 after 20,000,000 steps; 1 is the best",
         unit="per team",
-        note="Measured before PopArt rescaled at its first update; to be measured again.",
     ),
     # --- vdn ----------------------------------------------------------------------------------------------------------
     Task(
