@@ -260,7 +260,8 @@ def speed_rows() -> list[str]:
     for name, found in measured.items():
         peers = ", ".join(f"{peer} {found['median'][peer]:.0f}" for peer in found["ratio"])
         ratios = ", ".join(f"{ratio:.2f} × {peer}" for peer, ratio in found["ratio"].items())
-        rows.append(f"| {name} | {found['median']['ours']:.0f} | {peers} | {ratios} |\n")
+        ours = found["median"]["ours"]
+        rows.append(f"| {name} | {ours:.{0 if ours >= 10 else 2}f} | {peers} | {ratios} |\n")
     return rows
 
 

@@ -39,6 +39,8 @@ class Comparison:
     steps: int
     args: dict
     """settings of our script"""
+    skip: int = 0
+    """its first steps that are not measured, those before its first update for instance"""
     cleanrl: tuple[str, str] | None = None
     """CleanRL's script and its command line"""
     sb3: tuple[str, str, dict] | None = None
@@ -73,6 +75,7 @@ EPYMARL_QTRAN = (  # it has no configuration for its QTRAN: that of QMIX, with w
     "qmix use_rnn=True learner=qtran_learner mixer=qtran_base qtran_arch=qtran_paper network_size=small opt_loss=1 "
     "nopt_min_loss=0.1 mixing_embed_dim=64 rnn_hidden_dim=64 target_update_interval=200"
 )
+DREAMER = dict(learning_starts=64, eval_every=0, checkpoint_every=0)
 COMPARISONS = {
     "td3 HalfCheetah-v4": Comparison(
         "algos/td3.py",
@@ -162,6 +165,16 @@ COMPARISONS = {
         sb3=("TRPO", "CartPole-v1", dict(n_steps=256, batch_size=128, n_critic_updates=10, gae_lambda=0.98)),
         sb3_num_envs=4,
     ),
+    "dreamerv3 CartPole-v1": Comparison("algos/dreamerv3.py", 464, DREAMER, skip=64),
+    "dreamerv3 CartPole-v1, acting only": Comparison(
+        "algos/dreamerv3.py", 2_064, DREAMER | dict(train_ratio=0.0), skip=64
+    ),
+    "dreamerv3 CartPole-v1, an update per step": Comparison(
+        "algos/dreamerv3.py", 114, DREAMER | dict(train_ratio=256.0), skip=64
+    ),
+    "dreamerv3 CartPole-v1, 12 million parameters, an update per step": Comparison(
+        "algos/dreamerv3.py", 66, DREAMER | dict(size=16, batch_length=64, train_ratio=1024.0), skip=64
+    ),
     "q_learning CliffWalking-v1": Comparison("algos/q_learning.py", 50_000, {}),
     "qmix simple_spread_v3, GRU": Comparison("marl_algos/qmix.py", 5_000, {}, epymarl="qmix use_rnn=True"),
     "qmix simple_spread_v3, feed-forward": Comparison(
@@ -201,11 +214,12 @@ def measure_ours(comparison: Comparison, folder: Path = Path("run")) -> float:
     module = sys.modules["script"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     settings = dict(total_timesteps=1_000_000, eval_every=0, run_dir=str(folder)) | comparison.args
+    skip = comparison.steps // 2 if settings.get("compile") else comparison.skip  # by then, all is compiled
     first, start = 0, time.process_time()
 
     def begin_anew_or_end(run, evaluation):
         nonlocal first, start
-        if settings.get("compile") and not first and run.step >= comparison.steps // 2:  # by now, all is compiled
+        if skip and not first and run.step >= skip:
             first, start = run.step, time.process_time()
         if run.step >= comparison.steps:
             raise Enough
@@ -318,7 +332,7 @@ def compare(name: str, args: Args) -> dict:
             speeds[contender].append(measure(name, contender, args))
     medians = {contender: statistics.median(values) for contender, values in speeds.items()}
     ratios = {peer: medians["ours"] / speed for peer, speed in medians.items() if peer != "ours"}
-    words = [f"{who} {speed:.0f} steps/s" for who, speed in medians.items()]
+    words = [f"{who} {round(speed, 2):g} steps/s" for who, speed in medians.items()]
     words += [f"{ratio:.2f} x {peer}" for peer, ratio in ratios.items()]
     print(f"{name}: " + ", ".join(words), flush=True)
     return {"median": medians, "ratio": ratios, "all": speeds, "steps": COMPARISONS[name].steps}

@@ -723,10 +723,13 @@ def test_scripts_to_come_have_not_come_yet():
 def test_speed_is_a_table(folders):
     assert plot.speed_rows() == []
     (folders / "results").mkdir()
-    found = {"td3": {"median": {"ours": 231.4, "SB3": 100.0}, "ratio": {"SB3": 2.314}}, "x": {"median": {"ours": 5.0}}}
+    found = {
+        "td3": {"median": {"ours": 231.4, "SB3": 100.0}, "ratio": {"SB3": 2.314}},
+        "x": {"median": {"ours": 0.0664}},
+    }
     found["x"]["ratio"] = {}
     (folders / "results" / "speed.json").write_text(json.dumps(found))
-    assert plot.speed_rows() == ["| td3 | 231 | SB3 100 | 2.31 × SB3 |\n", "| x | 5 |  |  |\n"]
+    assert plot.speed_rows() == ["| td3 | 231 | SB3 100 | 2.31 × SB3 |\n", "| x | 0.07 |  |  |\n"]
     (folders / "results" / "speed.json").write_text("{")
     with pytest.raises(ValueError, match="speed.json"):
         plot.speed_rows()
@@ -738,12 +741,14 @@ def test_speed_knows_the_settings_of_the_script(name):
     assert set(comparison.args) <= fields(comparison.script)
 
 
-def test_speed_leaves_compilation_out(monkeypatch, tmp_path):
+@pytest.mark.parametrize("compiled, skip", [(True, 0), (False, 40)])
+def test_speed_leaves_compilation_and_skipped_steps_out(compiled, skip, monkeypatch, tmp_path):
     clock = iter([0.0, 100.0, 130.0])
     monkeypatch.setattr(speed.time, "process_time", lambda: next(clock))
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    settings = dict(num_envs=2, num_steps=10, num_minibatches=1, update_epochs=1, eval_episodes=1, compile=True)
-    assert speed.measure_ours(speed.Comparison("algos/ppo.py", 60, settings), tmp_path) == 30 * 60 / 20
+    settings = dict(num_envs=2, num_steps=10, num_minibatches=1, update_epochs=1, eval_episodes=1, compile=compiled)
+    comparison = speed.Comparison("algos/ppo.py", 60, settings, skip=skip)
+    assert speed.measure_ours(comparison, tmp_path) == 30 * 60 / 20
 
 
 def test_speed_measures_a_script_in_a_process_of_its_own(monkeypatch, tmp_path):
