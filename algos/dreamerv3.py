@@ -30,7 +30,7 @@ Run     python algos/dreamerv3.py --env-id CartPole-v1
     14      R_τ = r_τ+1 + c_τ+1 ((1 - λ) v_τ+1 + λ R_τ+1),  R_H = v_H
     15      L_critic = -ω_τ (ln p(R_τ | h_τ, z_τ) + ln p(v⁻_τ | h_τ, z_τ)), and 0.3 of it for the replayed h_t, z_t
     16      S ← 0.99 S + 0.01 (Per(R, 95) - Per(R, 5))
-    17      L_actor = -ω_τ (sg(R_τ - v_τ) / max(1, S) ln π(a_τ | h_τ, z_τ) + η H[π(· | h_τ, z_τ)])
+    17      L_actor = -ω_τ (A_τ ln π(a_τ | h_τ, z_τ) + η H[π(· | h_τ, z_τ)]),  A_τ = sg(R_τ - v_τ) / max(1, S)
     18      descend ∇(L_model + L_critic + L_actor);  critic⁻ ← 0.98 critic⁻ + 0.02 critic
 
 Beyond the pseudo-code: f is a GRU with block-diagonal weights; z is 32 categoricals with straight-through gradients, 1%
@@ -312,8 +312,9 @@ class WorldModel(nn.Module):
         else:
             self.encoder, self.decoder = layers(obs_shape[0], units, 3), head(self.state_dim, units, 3, obs_shape[0])
         self.sequence = SequenceModel(action_dim, args.size)
-        self.prior = head(deter, units, 2, latent)
-        self.posterior = head(deter + (4 if self.images else 1) * units, units, 1, latent)  # of h and the features
+        inputs = deter + units * (4 if self.images else 1)  # h and enc(x)
+        self.posterior = head(inputs, units, 1, latent).append(nn.Unflatten(-1, (GROUPS, args.size)))
+        self.prior = head(deter, units, 2, latent).append(nn.Unflatten(-1, (GROUPS, args.size)))
         self.reward = head(self.state_dim, units, 1, BINS, scale=0)
         self.cont = head(self.state_dim, units, 1, 1)
 
@@ -325,14 +326,13 @@ class WorldModel(nn.Module):
         """s_t and q (B, 32, classes) from s_t-1, a_t-1, enc(x_t), first_t; without exploration, the most likely z_t."""
         s, a = s * (1 - first.unsqueeze(-1)), a * (1 - first.unsqueeze(-1))  # line 6
         h = self.sequence(s, a)  # line 7
-        q = probabilities(self.posterior(torch.cat([h, features], dim=-1)).unflatten(-1, (GROUPS, -1)))
+        q = probabilities(self.posterior(torch.cat([h, features], dim=-1)))
         return torch.cat([h, draw(q, explore)], dim=-1), q
 
     def imagine(self, s, a):
         """s_τ+1 from s_τ and a_τ."""
         h = self.sequence(s, a)
-        p = probabilities(self.prior(h).unflatten(-1, (GROUPS, -1)))
-        return torch.cat([h, draw(p)], dim=-1)
+        return torch.cat([h, draw(probabilities(self.prior(h)))], dim=-1)
 
     def loss(self, x, a, r, first, term, s):
         """L_model, the states (L, B, state_dim) and the parts of L_model; s: the states (B, state_dim) before x."""
@@ -343,7 +343,7 @@ class WorldModel(nn.Module):
             states.append(s)
             posteriors.append(q)
         s, q = torch.stack(states), torch.stack(posteriors)
-        p = probabilities(self.prior(s[..., : self.deter]).unflatten(-1, (GROUPS, -1)))
+        p = probabilities(self.prior(s[..., : self.deter]))
         c = self.gamma * (1 - term)
         parts = {
             "reconstruction": (self.decoder(s) - x).square().flatten(2).sum(dim=-1),  # line 8

@@ -309,7 +309,7 @@ def test_lines_5_to_10_the_loss_of_the_world_model(size):
     agent = make_agent(size=size, gamma=0.9)
     model, batch = agent.model, make_batch(agent)
     for net in (model.prior, model.posterior):
-        net[-1].weight.data *= 5  # some divergences above 1, and size 1 has none
+        net[-2].weight.data *= 5  # some divergences above 1, and size 1 has none
     torch.manual_seed(3)
     loss, s, parts = model.loss(**batch)
     expected_s, q = states_and_posteriors(model, batch)
@@ -356,13 +356,13 @@ def test_line_9_no_gradient_below_one_nat_and_each_its_own_above():
     agent = make_agent(size=2)
     model, batch = agent.model, make_batch(agent)
     for net in (model.prior, model.posterior):  # equal: the divergence is 0
-        torch.nn.init.zeros_(net[-1].weight)
+        torch.nn.init.zeros_(net[-2].weight)
     _, _, parts = model.loss(**batch)
     assert parts["dynamics"].item() == 1 and parts["representation"].item() == pytest.approx(0.1)
     (parts["dynamics"] + parts["representation"]).backward()
     assert parameters_with_gradient(agent) == set(), "below one nat"
-    torch.nn.init.normal_(model.prior[-1].weight, std=3.0)
-    torch.nn.init.normal_(model.posterior[-1].weight, std=3.0)
+    torch.nn.init.normal_(model.prior[-2].weight, std=3.0)
+    torch.nn.init.normal_(model.posterior[-2].weight, std=3.0)
     _, _, parts = model.loss(**batch)
     assert parts["dynamics"] > 1 and parts["dynamics"].item() == pytest.approx(10 * parts["representation"].item())
     parts["dynamics"].backward(retain_graph=True)
@@ -395,7 +395,7 @@ def test_the_straight_through_gradient_passes_z_to_the_posterior():
 @pytest.mark.parametrize("obs_shape", [(4,), IMAGE])
 def test_the_loss_of_the_world_model_reaches_all_of_it_and_nothing_else(obs_shape):
     agent = make_agent(obs_shape, size=2)
-    agent.model.prior[-1].weight.data *= 30  # a divergence above 1
+    agent.model.prior[-2].weight.data *= 30  # a divergence above 1
     loss, _, _ = agent.model.loss(**make_batch(agent, obs_shape, length=4))
     loss.backward()
     assert all(p.grad is not None and p.grad.any() for p in agent.model.parameters())
@@ -558,6 +558,7 @@ def test_line_18_the_whole_loss_and_the_average():
         "value",
         "replayed_value",
     }
+    assert not any(value.requires_grad for value in logged.values()), "the log holds no graphs"
     assert logged["losses/policy"].item() == pytest.approx(actor_loss.item(), rel=1e-4)
     assert logged["losses/value"].item() == pytest.approx(critic_loss.item(), rel=1e-4)
     assert logged["losses/replayed_value"].item() == pytest.approx(0.3 * replay_loss.item(), rel=1e-4)
@@ -1012,6 +1013,7 @@ def test_imagination_is_open_loop_after_five_images(tmp_path, monkeypatch):
         (dict(size=0), "--size"),
         (dict(batch_length=1), "--batch-length"),
         (dict(batch_length=21), "--batch-length"),
+        (dict(learning_starts=60), "--learning-starts"),
         (dict(train_ratio=15.5), "--train-ratio"),
         (dict(train_ratio=-1.0), "--train-ratio"),
         (dict(horizon=0), "--horizon"),
