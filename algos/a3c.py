@@ -23,11 +23,11 @@ Run     python algos/a3c.py --env-id CartPole-v1
     11  until T > T_max
 
 Beyond the pseudo-code: no lock guards line 10, as in the paper, so that the steps of two processes may overlap, and two
-runs with the same seed differ. The paper has sums over the steps of a segment; means make the learning rate η
-independent of t_max. The value loss has a weight, gradients are clipped, η is annealed to 0, and g starts at 1, as in
-TensorFlow. Where a time limit ends an episode, line 5 bootstraps from the true last observation. One more process, the
-main one, counts T, logs and evaluates; a process waits for it after each segment. `diff algos/a2c.py algos/a3c.py`
-shows what differs from the synchronous form.
+runs with the same seed differ, except with --num-workers 1. The paper has sums over the steps of a segment; means make
+the learning rate η independent of t_max. The value loss has a weight, gradients are clipped, η is annealed to 0, and g
+starts at 1, as in TensorFlow. Where a time limit ends an episode, line 5 bootstraps from the true last observation. One
+more process, the main one, counts T, logs and evaluates; a process waits for it after each segment.
+`diff algos/a2c.py algos/a3c.py` shows what differs from the synchronous form.
 
 Result  CartPole-v1 by the command above, with four processes: being measured
 """
@@ -40,6 +40,7 @@ import json
 import math
 import multiprocessing.connection
 import os
+import pickle
 import random
 import signal
 import sys
@@ -220,7 +221,7 @@ class A3C:
 
 def learn(args: Args, number: int, shared: RMSProp, T: int, report):
     """Lines 2-10 in one process. report(steps, losses, episodes that ended) of a segment returns the new T."""
-    env, seed = make_env(args), args.seed + T + number
+    env, seed = make_env(args), (args.seed + T + number) % 2**32
     set_up_torch(replace(args, seed=seed))
     agent = A3C(env.observation_space.shape[0], env.action_space, args)
     s, _ = env.reset(seed=seed)
@@ -320,39 +321,53 @@ def work(args: Args, number: int, shared: RMSProp, T: int, ends, end):
         except (EOFError, BrokenPipeError, ConnectionResetError):
             raise
         except Exception as error:
-            end.send((error, traceback.format_exc()))
+            end.send((portable(error), traceback.format_exc()))
+
+
+def portable(error: Exception) -> Exception:
+    """The error, or what it says, if another process could not receive it."""
+    try:
+        return pickle.loads(pickle.dumps(error))
+    except Exception:  # of a class that holds more than its message
+        return RuntimeError(repr(error))
 
 
 class Workers:
     """The processes of line 2, as long as its `with` block lasts, in which it gives an iterator over their reports."""
 
     def __init__(self, args: Args, shared: RMSProp, T: int):
-        context = torch.multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-        shared.share()  # line 1
-        self.T = T
-        self.ends, others = zip(*[context.Pipe() for _ in range(args.num_workers)])
-        given = [(args, number, shared, T, self.ends, other) for number, other in enumerate(others)]
-        self.processes = [context.Process(target=work, args=x, daemon=True) for x in given]
+        self.args, self.shared, self.T, self.ends, self.processes = args, shared, T, [], []
 
     def __enter__(self):
-        for process in self.processes:
+        forks = sys.platform == "linux" and not torch.cuda.is_available()  # autograd may fail in a fork beside CUDA
+        context = torch.multiprocessing.get_context("fork" if forks else "spawn")
+        self.shared.share()  # line 1
+        for number in range(self.args.num_workers):
+            end, other = context.Pipe()
+            self.ends.append(end)
+            given = (self.args, number, self.shared, self.T, list(self.ends), other)
+            process = context.Process(target=work, args=given, daemon=True)
             process.start()
+            self.processes.append(process)
+            other.close()  # only the process has it, so that `end` tells if the process ends
         return self.reports()
 
     def reports(self):
         while True:
-            ready = multiprocessing.connection.wait([*self.ends, *[process.sentinel for process in self.processes]])
-            for end, process in zip(self.ends, self.processes):
-                if end in ready:
+            for end in multiprocessing.connection.wait(self.ends):
+                try:
                     message = end.recv()
-                    if isinstance(message[0], Exception):
-                        raise message[0] from RuntimeError(f"in one of the processes:\n{message[1]}")
-                    self.T += message[0]  # line 9
-                    yield message
-                    end.send(self.T)
-                elif process.sentinel in ready:
+                except (EOFError, ConnectionResetError):
+                    process = self.processes[self.ends.index(end)]
                     process.join()
-                    raise RuntimeError(f"a process ended with the exit code {process.exitcode}")
+                    problem = f"a process ended with the exit code {process.exitcode} at step {self.T}"
+                    require(False, f"{problem}; --resume continues from the last checkpoint, if any")
+                if isinstance(message[0], Exception):
+                    raise message[0] from RuntimeError(f"in one of the processes:\n{message[1]}")
+                self.T += message[0]  # line 9
+                yield message
+                with contextlib.suppress(BrokenPipeError):  # if the process ended meanwhile, `end` tells next
+                    end.send(self.T)
 
     def __exit__(self, *_):
         for end in self.ends:

@@ -30,6 +30,7 @@ SMALL = dict(  # enough for a few updates of any script; a script takes the sett
     train_ratio=16.0,
     buffer_size=1_000,
     num_envs=2,
+    num_workers=1,  # several processes take turns by chance
     num_steps=32,
     num_minibatches=2,
     update_epochs=2,

@@ -162,8 +162,8 @@ def lengths(script: str) -> tuple[int, int]:
         return (410, 870) if "class Archive" in words else (330, 790)
     if "class Rollout" in words or "class FrameReplay" in words:
         return 290, 825 if "distributed" in words else 695
-    if "class Workers" in words:  # processes
-        return 280, 660
+    if "class Workers" in words:  # processes, and what is said when one of them crashes
+        return 280, 675
     if "class WorldModel" in words:  # three learners, for vectors and images
         return 520, 1000
     if "class Hindsight" in words:  # two learners, and environments with goals

@@ -12,7 +12,6 @@ import torch
 from conftest import SCRIPTS, equal, fields, load, scalars, small_args
 
 RESUMABLE = [script for script in SCRIPTS if "resume" in fields(script)]
-REPEATABLE = [script for script in RESUMABLE if script != "algos/a3c.py"]  # whose processes take turns by chance
 IMPOSSIBLE = [  # a setting, a value it must not have
     ("total_timesteps", 0),
     ("eval_episodes", 0),
@@ -65,7 +64,7 @@ def refused(script: str, folder, capsys, **changes) -> str:
     return lines[0]
 
 
-@pytest.mark.parametrize("script", REPEATABLE)
+@pytest.mark.parametrize("script", RESUMABLE)
 def test_same_seed_same_numbers_and_another_seed_others(script, tmp_path):
     first = train(script, tmp_path / "first", seed=3)
     assert equal(first, train(script, tmp_path / "again", seed=3))
@@ -74,7 +73,7 @@ def test_same_seed_same_numbers_and_another_seed_others(script, tmp_path):
     assert json.loads(one)["returns"] == json.loads(two)["returns"]
 
 
-@pytest.mark.parametrize("script", REPEATABLE)
+@pytest.mark.parametrize("script", RESUMABLE)
 def test_evaluation_leaves_training_untouched(script, tmp_path):
     without = train(script, tmp_path / "without", eval_every=0)
     assert equal(without, train(script, tmp_path / "with", eval_every=100))

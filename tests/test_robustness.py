@@ -131,7 +131,7 @@ def test_random_command_lines_end_well_or_with_one_line(script, tmp_path):
 
 TABLES = "q_learning sarsa double_q_learning n_step_sarsa dyna_q"
 VALUES = "dqn double_dqn dueling_dqn prioritized_dqn"
-ROLLOUTS = "ppo vpg gae trpo"
+ROLLOUTS = "ppo vpg gae trpo a2c a3c"
 VECTORS = f"{VALUES} {ROLLOUTS} reinforce actor_critic semi_gradient_sarsa dreamerv3"  # Discrete actions
 BOXES = "td3 ddpg sac dpg"  # bounded vectors as actions
 
