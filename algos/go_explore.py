@@ -814,7 +814,7 @@ def main():
     try:
         train(args)
     except (MemoryError, OverflowError, RuntimeError) as error:
-        too_large = not isinstance(error, RuntimeError) or "memory" in str(error).lower()
+        too_large = not isinstance(error, RuntimeError) or any(x in str(error) for x in ("memory", "overflow"))
         require(not too_large, f"a size among the settings exceeds the memory: {error}")
         raise
 
