@@ -39,8 +39,6 @@ class Comparison:
     steps: int
     args: dict
     """settings of our script"""
-    skip: int = 0
-    """its first steps that are not measured, those before its first update for instance"""
     cleanrl: tuple[str, str] | None = None
     """CleanRL's script and its command line"""
     sb3: tuple[str, str, dict] | None = None
@@ -51,6 +49,8 @@ class Comparison:
     """let its VecNormalize normalise observations and rewards"""
     epymarl: str = ""
     """EPyMARL's algorithm and settings"""
+    skip: int = 0
+    """its first steps that are not measured, those before its first update for instance"""
 
 
 HALF_CHEETAH = dict(learning_rate=3e-4, batch_size=256, learning_starts=1_000, policy_kwargs={"net_arch": [256, 256]})

@@ -739,6 +739,7 @@ def test_speed_is_a_table(folders):
 def test_speed_knows_the_settings_of_the_script(name):
     comparison = speed.COMPARISONS[name]
     assert set(comparison.args) <= fields(comparison.script)
+    assert isinstance(comparison.skip, int) and (comparison.cleanrl is None or comparison.cleanrl[0].endswith(".py"))
 
 
 @pytest.mark.parametrize("compiled, skip", [(True, 0), (False, 40)])
