@@ -176,9 +176,9 @@ COMPARISONS = {
         "algos/dreamerv3.py", 66, DREAMER | dict(size=16, batch_length=64, train_ratio=1024.0), skip=64
     ),
     "q_learning CliffWalking-v1": Comparison("algos/q_learning.py", 50_000, {}),
-    "qmix simple_spread_v3, GRU": Comparison("marl_algos/qmix.py", 5_000, {}, epymarl="qmix use_rnn=True"),
+    "qmix simple_spread_v3, GRU": Comparison("marl_algos/qmix.py", 5_000, dict(updates=1), epymarl="qmix use_rnn=True"),
     "qmix simple_spread_v3, feed-forward": Comparison(
-        "marl_algos/qmix.py", 5_000, dict(recurrent=False), epymarl="qmix use_rnn=False"
+        "marl_algos/qmix.py", 5_000, dict(updates=1, recurrent=False), epymarl="qmix use_rnn=False"
     ),
     "qtran simple_spread_v3, GRU": Comparison("marl_algos/qtran.py", 5_000, dict(updates=1), epymarl=EPYMARL_QTRAN),
     "mappo simple_spread_v3, policy with GRU": Comparison(
