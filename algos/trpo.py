@@ -34,7 +34,8 @@ keeps Ĥ positive definite in spite of rounding. Where x̂ᵀĤx̂ is not positi
 9b; charts/rejected is the fraction of rejected updates. Where a time limit ends an episode, line 6 bootstraps from
 the true last observation, and the sum of GAE ends there. Line 8b cannot be compiled; --compile compiles line 10.
 
-Result  CartPole-v1 by the command above, InvertedPendulum-v5 and Pendulum-v1: being measured
+Result  CartPole-v1 by the command above: 500, the maximum, in 3 of 5 seeds, 499.7 and 489.9 in the others (means of
+        the last three evaluations). InvertedPendulum-v5 and Pendulum-v1: being measured
 """
 
 import contextlib
