@@ -1217,7 +1217,7 @@ TASKS = [  # the first task of a script is the one that README shows
         "qplex__two_step",
         "marl_algos/qplex.py",
         """--env-id envs.matrix_games --env-kwargs '{"game": "two_step"}' --total-timesteps 10000 --epsilon-end 1.0 """
-        "--gamma 0.99 --td-lambda 0 --no-anneal --no-normalize-state --updates 1 "
+        "--gamma 0.99 --td-lambda 0 --learning-rate 0.0005 --no-anneal --no-normalize-state --updates 1 "
         "--target-every 200 --eval-every 1000 --eval-episodes 1",
         8,
         "8 is the optimum; a sum of agents' values ends at 7",

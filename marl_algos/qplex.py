@@ -97,7 +97,7 @@ class Args:
     """discount factor, γ of line 14"""
     td_lambda: float = 0.8
     """λ of line 14; 0 for the paper's one-step targets"""
-    learning_rate: float = 5e-4
+    learning_rate: float = 1e-3
     """learning rate of RMSprop at the start"""
     anneal: bool = True
     """anneal the learning rate linearly to 0"""
