@@ -8,6 +8,7 @@ The numbers are those of Sutton & Barto (2018), "Reinforcement Learning: An Intr
 A figure is a function below that takes no argument and returns a matplotlib Figure; its name is the argument to pass.
 """
 
+import inspect
 import math
 import sys
 import tempfile
@@ -30,17 +31,24 @@ import double_dqn
 import dqn
 import dyna_q
 import gae
+import iql
 import matplotlib.pyplot as plt
 import monte_carlo
 import n_step_sarsa
 import policy_iteration
 import prioritized_dqn
 import q_learning
+import qatten
 import qmix
+import qplex
+import qtran
 import reinforce
 import sarsa
 import semi_gradient_sarsa
+import shaq
 import value_iteration
+import vdn
+from envs.matrix_games import parallel_env as matrix_game_env
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -734,7 +742,7 @@ def gae_bias_variance(count: int = 2_000, batch: int = 20) -> Figure:
     return figure
 
 
-# --- matrix games: what QMIX can represent ----------------------------------------------------------------------------
+# --- matrix games: which joint values the algorithms by value can represent -------------------------------------------
 
 
 def decisions(game) -> list[tuple[list, np.ndarray]]:
@@ -748,20 +756,47 @@ def decisions(game) -> list[tuple[list, np.ndarray]]:
     return shown
 
 
+def states_of(game, path: list) -> list[int]:
+    """The states that a matrix game passes through from its start with these joint actions."""
+    states = [0]
+    for joint in path:
+        states.append(int(game.after[states[-1]][tuple(joint)]))
+    return states
+
+
+def joint_values(agent, q: torch.Tensor, z: torch.Tensor | None, joints: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+    """The team's value of each of the joint actions (J, n), from Q_i (n, actions), the features z and s (d,).
+
+    Of IQL, whose agents each estimate the team's return, the mean; of QTRAN Q_jt. All agents observe the state.
+    """
+    name, taken, s = type(agent).__name__, q.gather(1, joints.T).T, s.expand(len(joints), -1)
+    alive = torch.ones_like(taken, dtype=torch.bool)
+    if name == "QMIX":
+        return agent.mixer(taken, s)
+    if name == "Qatten":
+        return agent.mixer(taken, s, s.unsqueeze(1).expand(-1, len(q), -1), alive)
+    if name == "QPLEX":
+        return agent.mixer(taken, q.amax(1).expand_as(taken), agent.one_hot[joints], s)
+    if name == "SHAQ":
+        return (torch.where(joints == q.argmax(1), 1.0, agent.alpha(taken, s, alive)) * taken).sum(-1)
+    if name == "QTRAN":
+        return agent.joint(z.expand(len(joints), -1, -1), joints, s, alive)
+    return taken.mean(-1) if name == "IQL" else taken.sum(-1)
+
+
 @torch.inference_mode()
-def q_tot_tables(agent: qmix.QMIX, game) -> list[tuple[list, np.ndarray, np.ndarray]]:
-    """(joint actions that lead there, payoff table, learnt table of Q_tot) of each decision of a matrix game."""
+def q_tot_tables(agent, game) -> list[tuple[list, np.ndarray, np.ndarray, list[int]]]:
+    """(joint actions that lead there, payoffs, learnt values, greedy joint action) of each decision of a game."""
     tables = []
     for path, payoff in decisions(game):
-        states = [0]
-        for joint in path:
-            states.append(int(game.after[states[-1]][tuple(joint)]))
-        obs = torch.from_numpy(game.seen[states])[:, None].repeat(1, payoff.ndim, 1)  # (steps, n, d)
+        seen = torch.from_numpy(game.seen[states_of(game, path)])
+        obs = seen[:, None].repeat(1, payoff.ndim, 1)  # (steps, n, d)
         last_action = torch.tensor([[-1] * payoff.ndim, *path])
-        q = agent.agents(agent.inputs(obs, last_action))[0][-1]  # (n, actions), after the whole history
+        q, *features = agent.agents(agent.inputs(obs, last_action))
+        q, z = q[-1], features[0][-1] if len(features) == 2 else None  # after the whole history
         joints = torch.tensor(list(np.ndindex(payoff.shape)))
-        state = torch.from_numpy(game.seen[states[-1]]).expand(len(joints), -1)
-        tables.append((path, payoff, agent.mixer(q.gather(1, joints.T).T, state).view(payoff.shape).numpy()))
+        values = joint_values(agent, q, z, joints, seen[-1]).view(payoff.shape).numpy()
+        tables.append((path, payoff, values, q.argmax(1).tolist()))
     return tables
 
 
@@ -775,39 +810,91 @@ def learn_matrix_game(settings: list[str], folder: Path) -> tuple[float, list]:
     agent = qmix.QMIX(game.payoffs.ndim - 1, game.seen.shape[1], game.seen.shape[1], game.payoffs.shape[1], args, "cpu")
     agent.agents.load_state_dict(state["agents"])
     agent.mixer.load_state_dict(state["mixer"])
-    return value, q_tot_tables(agent, game)
+    return value, [table[:3] for table in q_tot_tables(agent, game)]
 
 
-def draw_table(axes, table: np.ndarray, title: str, limit: float):
-    """A payoff table or Q_tot, of two agents, as numbers on colours."""
+def all_episodes(game) -> dict[str, torch.Tensor]:
+    """A batch for `update`: each sequence of joint actions of a matrix game once, all of the same length."""
+    n, joints = game.payoffs.ndim - 1, list(np.ndindex(game.payoffs.shape[1:]))
+    paths = [[joint] for joint in joints]
+    while game.after[states_of(game, paths[0][:-1])[-1]][paths[0][-1]] >= 0:
+        paths = [[*path, joint] for path in paths for joint in joints]
+    visited, action = np.array([states_of(game, path[:-1]) for path in paths]), torch.tensor(paths)  # (B, T), (B, T, n)
+    state = torch.nn.functional.pad(torch.from_numpy(game.seen[visited]), (0, 0, 0, 1))  # zeros after the end
+    reward = torch.from_numpy(game.payoffs[visited, *np.moveaxis(action.numpy(), -1, 0)]).float()
+    batch = {"obs": state.unsqueeze(2).repeat(1, 1, n, 1), "state": state, "action": action, "reward": reward}
+    batch |= {"mask": torch.ones(*batch["obs"].shape[:3], game.payoffs.shape[1]) > 0, "real": torch.ones_like(reward)}
+    alive = torch.ones_like(action) > 0
+    batch |= {"terminated": torch.zeros_like(reward), "alive": alive, "alive_next": alive.clone()}
+    batch["terminated"][:, -1], batch["alive_next"][:, -1] = 1.0, False
+    return batch
+
+
+def fit_matrix_game(script, game, updates: int, **settings):
+    """The agent of a script by value after updates on random episodes of a matrix game, the learning rate annealed."""
+    torch.manual_seed(1)
+    args = script.Args(**dict(recurrent=False, gamma=0.99, td_lambda=0.0, batch_size=128) | settings)
+    algorithm, (n, dim) = getattr(script, ALGORITHMS[script.__name__]), (game.payoffs.ndim - 1, game.seen.shape[1])
+    sizes = (dim,) if script in (iql, vdn) else (dim, dim)
+    agent, batch = algorithm(n, *sizes, game.payoffs.shape[1], args, torch.device("cpu")), all_episodes(game)
+    if script is iql:  # every agent has its reward and its end
+        batch |= {name: batch[name].unsqueeze(-1).repeat(1, 1, n) for name in ("reward", "terminated")}
+    batch = {name: batch[name] for name in inspect.signature(agent.update).parameters}
+    rates = [float(group["lr"]) for group in agent.optimizer.param_groups]
+    for number in range(updates):
+        for group, rate in zip(agent.optimizer.param_groups, rates):
+            group["lr"].fill_(rate * (1 - number / updates))
+        drawn = torch.randint(len(batch["real"]), (args.batch_size,))
+        agent.update(**{name: field[drawn] for name, field in batch.items()})
+        if (number + 1) % args.target_every == 0:
+            agent.update_targets()
+    return agent
+
+
+ALGORITHMS = {"iql": "IQL", "vdn": "VDN", "qmix": "QMIX", "qatten": "Qatten", "qplex": "QPLEX", "shaq": "SHAQ"}
+ALGORITHMS |= {"qtran": "QTRAN"}
+
+
+def draw_table(axes, table: np.ndarray, title: str, limit: float, greedy: list[int]):
+    """A table of two agents as numbers on colours, with a frame around the greedy joint action."""
     axes.imshow(table, cmap="RdBu", vmin=-limit, vmax=limit)
     for (row, column), number in np.ndenumerate(table):
         colour = "white" if abs(number) > 0.6 * limit else "black"
-        axes.text(column, row, f"{number:.2f}", ha="center", va="center", color=colour)
+        axes.text(
+            column, row, f"{round(float(number), 2) + 0.0:.2f}", ha="center", va="center", color=colour, fontsize=8
+        )
+    axes.add_patch(plt.Rectangle((greedy[1] - 0.5, greedy[0] - 0.5), 1, 1, fill=False, linewidth=2.5, clip_on=False))
     actions = "ABC"[: len(table)]
-    axes.set(xticks=range(len(table)), yticks=range(len(table)), xticklabels=actions, yticklabels=actions, title=title)
-    axes.set(xlabel="agent 2", ylabel="agent 1")
+    axes.set(xticks=range(len(table)), yticks=range(len(table)), xticklabels=actions, yticklabels=actions)
+    axes.set_title(title, fontsize=10)
 
 
-def matrix_games() -> Figure:
-    """Payoffs of the two-step game and of QTRAN's game (above) and the Q_tot that QMIX learns of them (below)."""
-    games = {
-        "two_step": "--total-timesteps 4000 --updates 1 --epsilon-end 1 --gamma 0.99 --td-lambda 0",
-        "qtran": "--total-timesteps 12500 --num-envs 2500 --buffer-size 12500 --updates 1 --batch-size 512 "
-        "--epsilon-end 1",
-    }
-    tables = []
-    for name, settings in games.items():
-        with tempfile.TemporaryDirectory() as folder:
-            words = [*settings.split(), "--env-kwargs", f'{{"game": "{name}"}}']
-            tables += [(name, *table) for table in learn_matrix_game(words, Path(folder) / "run")[1]]
-    figure, axes = plt.subplots(2, len(tables), figsize=(11, 5.6), layout="constrained")
-    for (upper, lower), (name, path, payoff, q_tot) in zip(axes.T, tables):
+def matrix_games(updates: int = 1500) -> Figure:
+    """Payoffs of matrix games, and the values that IQL, VDN, QMIX, Qatten, QPLEX, SHAQ and QTRAN learn of them.
+
+    They learn from all joint actions equally often. A frame marks the joint action of the greatest payoff, or that of
+    each agent's greatest Q_i. Rows are actions of agent 1, columns those of agent 2.
+    """
+    games = {"two-step": matrix_game_env("two_step"), "QTRAN's": matrix_game_env("qtran")}
+    games["climbing"] = matrix_game_env("climbing", rounds=1)
+    settings = {qplex: dict(num_heads=10, num_layers=2), qtran: dict(lambda_nopt=1.0)}
+    settings[shaq] = dict(num_coalitions=100)
+    columns = [iql, vdn, qmix, qatten, qplex, shaq, qtran]
+    rows = [(name, *decision) for name, game in games.items() for decision in decisions(game)]
+    figure, axes = plt.subplots(len(rows), 1 + len(columns), figsize=(16, 10.5), layout="constrained")
+    for row, (name, path, payoff) in zip(axes, rows):
         after = f", after {''.join('AB'[action] for action in path[0])}" if path else ""
-        print(f"{name}{after}: payoff {payoff.tolist()}, Q_tot {q_tot.astype(float).round(2).tolist()}")
-        limit = max(np.abs(payoff).max(), np.abs(q_tot).max())
-        draw_table(upper, payoff, f"{name.replace('_', '-')} game{after}", limit)
-        draw_table(lower, q_tot, r"$Q_{tot}$ of QMIX", limit)
+        best = np.unravel_index(payoff.argmax(), payoff.shape)
+        draw_table(row[0], payoff, f"{name} game{after}", np.abs(payoff).max() or 8, best)
+    for column, script in enumerate(columns, 1):
+        tables = []
+        for game in games.values():
+            agent = fit_matrix_game(script, game, updates, **settings.get(script, {}))
+            tables += q_tot_tables(agent, game)
+        for row, (name, path, _), (_, payoff, values, greedy) in zip(axes, rows, tables):
+            title = {iql: "IQL, mean of $Q_i$", qtran: "QTRAN, $Q_{jt}$"}.get(script, ALGORITHMS[script.__name__])
+            print(f"{name} {path} {title}: {values.astype(float).round(2).tolist()}, greedy {greedy}")
+            draw_table(row[column], values, title, np.abs(payoff).max() or 8, greedy)  # the first table pays nothing
     return figure
 
 

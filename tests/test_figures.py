@@ -8,6 +8,7 @@ import figures
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 
 QUICK = {  # what makes a figure's computation a matter of a second
@@ -23,9 +24,10 @@ QUICK = {  # what makes a figure's computation a matter of a second
     "overestimation": dict(max_q_in_training=lambda script, seed: np.array([(1000.0, seed), (2000.0, 100.0 + seed)])),
     "gae_bias_variance": dict(),
     "blind_cliffwalk": dict(updates_until_learnt=lambda n, prioritized, seed: 2**n + seed),
+    "matrix_games": dict(),
 }
 SETTINGS = {"blackjack": dict(total_timesteps=2_000), "cliff_walking": dict(runs=3), "short_corridor": dict(runs=1)}
-SETTINGS |= {"gae_bias_variance": dict(count=20)}
+SETTINGS |= {"gae_bias_variance": dict(count=20), "matrix_games": dict(updates=2)}
 
 
 @pytest.mark.parametrize("name", [name for name in figures.FIGURES if name in QUICK])
@@ -82,3 +84,44 @@ def test_sarsa_earns_more_along_the_cliff_than_q_learning():
     plt.close(figure)
     assert curves["Sarsa"][-100:].mean() == pytest.approx(-27, abs=10)
     assert curves["Q-learning"][-100:].mean() == pytest.approx(-49, abs=12)
+
+
+def test_all_episodes_of_the_two_step_game_are_a_batch():
+    game = figures.matrix_game_env("two_step")
+    batch = figures.all_episodes(game)
+    assert batch["action"].shape == (16, 2, 2) and len({str(row) for row in batch["action"].tolist()}) == 16
+    for state, action, reward in zip(batch["state"], batch["action"].tolist(), batch["reward"].tolist()):
+        second = 2 if action[0][0] else 1
+        assert state.tolist() == [[1, 0, 0], [0.0, second == 1, second == 2], [0, 0, 0]]
+        assert reward == [0, game.payoffs[second][tuple(action[1])]]
+    assert batch["terminated"].tolist() == [[0, 1]] * 16 and (batch["real"] == 1).all()
+    assert batch["alive"].all() and batch["alive_next"][:, 0].all() and not batch["alive_next"][:, 1].any()
+    assert all(torch.equal(batch["obs"][:, :, i], batch["state"]) for i in range(2))
+
+
+def test_a_sums_tables_of_the_matrix_games_are_least_squares_fits():
+    for game in ("qtran", "climbing"):
+        game = figures.matrix_game_env(game, rounds=1)
+        [(path, payoff, values, greedy)] = figures.q_tot_tables(
+            figures.fit_matrix_game(figures.vdn, game, 3_000, learning_rate=0.01), game
+        )
+        exact = payoff.mean(1, keepdims=True) + payoff.mean(0, keepdims=True) - payoff.mean()
+        assert values == pytest.approx(exact, abs=0.3) and path == []
+        assert values[tuple(greedy)] == values.max(), "the greedy actions of the agents, and their places in the table"
+
+
+@pytest.mark.parametrize("name", ["qmix", "qatten", "qplex", "shaq", "qtran", "iql"])
+def test_the_joint_values_of_a_game_are_those_that_its_update_fits(name):
+    """One Q per joint action: the mean squared difference to the payoffs is the loss of the next update."""
+    script, game = getattr(figures, name), figures.matrix_game_env("qtran")
+    settings = dict(num_coalitions=2_000) if name == "shaq" else {}
+    agent = figures.fit_matrix_game(script, game, 2, **settings)
+    [(_, payoff, values, _)] = figures.q_tot_tables(agent, game)
+    batch = figures.all_episodes(game)
+    if name == "iql":
+        q = agent.agents(agent.inputs(batch["obs"][:1, 0], torch.full((1, 2), -1)))[0][0]
+        assert values == pytest.approx(((q[0][:, None] + q[1]) / 2).detach().numpy(), abs=1e-5)
+        return
+    loss = agent.update(**batch)
+    loss = loss[0] if name == "shaq" else loss["losses/td"] if name == "qtran" else loss
+    assert np.square(values - payoff).mean() == pytest.approx(float(loss), rel=1e-3)
