@@ -41,8 +41,9 @@ sampled first. In line 15 the returns of the replayed states take the imagined R
 this loss alone reaches the world model, too. A time limit ends an episode without term_t. Evaluation takes the most
 likely z and a, the authors draw both. The defaults are for a CPU; where the paper has other values, a setting's text
 names them: --size 16 --batch-length 64 --train-ratio 512 --learning-rate 4e-5 is its model of 12 million parameters.
+From images, --capture-video also films what the model imagines beside what happened.
 
-Result  CartPole-v1: being measured
+Result  CartPole-v1 after 20k steps: being measured, with three seeds, by the command above
 """
 
 import contextlib

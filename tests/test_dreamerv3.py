@@ -539,6 +539,18 @@ def test_line_15_on_replayed_states_is_the_only_loss_of_the_critic_that_reaches_
     assert parameters_with_gradient(agent) == reached, "not what predicts, nor the actor"
 
 
+def test_line_15_the_targets_have_no_gradient_although_replayed_states_have():
+    behavior, batch = make_agent().behavior, make_batch(make_agent())
+    s, v = torch.randn(5, 3, 160, requires_grad=True), torch.randn(5, 3)
+    behavior.replay_loss(s, batch["r"], batch["first"], batch["term"], v).backward()
+    last = torch.cat([batch["first"][1:], torch.zeros(1, 3)])
+    returns = dreamerv3.lambda_return(batch["r"], behavior.args.gamma * (1 - batch["term"]), v, 0.95 * (1 - last))
+    targets = dreamerv3.two_hot(returns) + dreamerv3.two_hot(dreamerv3.expectation(behavior.critic_targ(s[:-1])))
+    log_p = torch.log_softmax(behavior.critic(s[:-1]), dim=-1)
+    expected = -((1 - last[:-1]) * (targets.detach() * log_p).sum(-1)).mean()
+    assert torch.allclose(s.grad, torch.autograd.grad(expected, s)[0], rtol=1e-3, atol=1e-6)
+
+
 def test_line_18_the_whole_loss_and_the_average():
     agent = make_agent()
     batch = make_batch(agent)
