@@ -830,10 +830,13 @@ def all_episodes(game) -> dict[str, torch.Tensor]:
     return batch
 
 
-def fit_matrix_game(script, game, updates: int, **settings):
-    """The agent of a script by value after updates on random episodes of a matrix game, the learning rate annealed."""
+def fit_matrix_game(script, game, updates: int, minibatch: int = 0, **settings):
+    """The agent of a script by value after updates on all episodes of a matrix game, or on minibatches of them.
+
+    The learning rate is annealed linearly to 0.
+    """
     torch.manual_seed(1)
-    args = script.Args(**dict(recurrent=False, gamma=0.99, td_lambda=0.0, batch_size=128) | settings)
+    args = script.Args(**dict(recurrent=False, gamma=0.99, td_lambda=0.0) | settings)
     algorithm, (n, dim) = getattr(script, ALGORITHMS[script.__name__]), (game.payoffs.ndim - 1, game.seen.shape[1])
     sizes = (dim,) if script in (iql, vdn) else (dim, dim)
     agent, batch = algorithm(n, *sizes, game.payoffs.shape[1], args, torch.device("cpu")), all_episodes(game)
@@ -844,7 +847,7 @@ def fit_matrix_game(script, game, updates: int, **settings):
     for number in range(updates):
         for group, rate in zip(agent.optimizer.param_groups, rates):
             group["lr"].fill_(rate * (1 - number / updates))
-        drawn = torch.randint(len(batch["real"]), (args.batch_size,))
+        drawn = torch.randint(len(batch["real"]), (minibatch,)) if minibatch else slice(None)
         agent.update(**{name: field[drawn] for name, field in batch.items()})
         if (number + 1) % args.target_every == 0:
             agent.update_targets()
@@ -872,12 +875,13 @@ def draw_table(axes, table: np.ndarray, title: str, limit: float, greedy: list[i
 def matrix_games(updates: int = 1500) -> Figure:
     """Payoffs of matrix games, and the values that IQL, VDN, QMIX, Qatten, QPLEX, SHAQ and QTRAN learn of them.
 
-    They learn from all joint actions equally often. A frame marks the joint action of the greatest payoff, or that of
-    each agent's greatest Q_i. Rows are actions of agent 1, columns those of agent 2.
+    They learn from all joint actions equally often; QPLEX from minibatches, as without noise its Q_i stay where a sum
+    puts them. A frame marks the joint action of the greatest payoff, or that of each agent's greatest Q_i. Rows are
+    actions of agent 1, columns those of agent 2.
     """
     games = {"two-step": matrix_game_env("two_step"), "QTRAN's": matrix_game_env("qtran")}
     games["climbing"] = matrix_game_env("climbing", rounds=1)
-    settings = {qplex: dict(num_heads=10, num_layers=2), qtran: dict(lambda_nopt=1.0)}
+    settings = {qplex: dict(num_heads=10, num_layers=2, minibatch=32), qtran: dict(lambda_nopt=1.0)}
     settings[shaq] = dict(num_coalitions=100)
     columns = [iql, vdn, qmix, qatten, qplex, shaq, qtran]
     rows = [(name, *decision) for name, game in games.items() for decision in decisions(game)]
