@@ -139,10 +139,10 @@ class GaussianPolicy(nn.Module):
 
 def n_step_returns(r, v2, terminated, done, gamma: float):
     """R (T, N) of rewards, values of s' and ends of episodes (T, N); done: terminated, or cut by a time limit."""
+    last, bootstrap = done > 0, (1 - terminated) * v2
     returns, later = torch.empty_like(r), v2[-1]
     for t in reversed(range(len(r))):
-        later = torch.where(done[t] > 0, (1 - terminated[t]) * v2[t], later)
-        returns[t] = later = r[t] + gamma * later  # line 4
+        returns[t] = later = r[t] + gamma * torch.where(last[t], bootstrap[t], later)  # line 4
     return returns
 
 
@@ -208,7 +208,8 @@ class A2C:
         pi = self.policy(s)
         policy_loss = -(pi.log_prob(a) * advantage).mean()  # line 6
         value_loss = (self.value(s).squeeze(-1) - returns).square().mean()  # line 7
-        entropy = pi.entropy().mean()
+        with torch.set_grad_enabled(self.args.entropy_coef > 0):  # without the bonus, its gradient is not computed
+            entropy = pi.entropy().mean()
         loss = policy_loss + self.args.value_coef * value_loss - self.args.entropy_coef * entropy
         return loss, torch.stack([policy_loss, value_loss, entropy]).detach()
 
@@ -226,7 +227,7 @@ class A2C:
 def train(args: Args) -> dict:
     """Train, evaluate, and return what <run_dir>/result.json holds."""
     check(args, gamma=(0, 1), learning_rate=(0, math.inf), max_grad_norm=(0, math.inf))
-    check(args, value_coef=(0, math.inf), entropy_coef=(0, math.inf), num_envs=(1, 4096), num_steps=(2, math.inf))
+    check(args, value_coef=(0, math.inf), entropy_coef=(0, math.inf), num_envs=(1, 4096), num_steps=(1, math.inf))
     batch_size = args.num_envs * args.num_steps
     args = replace(args, total_timesteps=math.ceil(args.total_timesteps / batch_size) * batch_size)
     require_spaces(make_env(args), obs="vector", action="Discrete or multi-discrete or vector")

@@ -15,18 +15,19 @@ Run     python algos/a3c.py --env-id CartPole-v1
      4      for t = 1, ..., t_max, unless s_t is terminal: take a_t ~ π_θ'(·|s_t), observe r_t and s_t+1
      5      R = 0 if the last state is terminal, else V_φ'(s) of it
      6      R_t = r_t + γ R_t+1, backwards in time from R;  Â_t = R_t - V_φ'(s_t)
-     7      dθ = ∇_θ' mean (log π_θ'(a_t|s_t) Â_t + β H[π_θ'(·|s_t)])
-     8      dφ = -∇_φ' mean (R_t - V_φ'(s_t))²
+     7      dθ = ∇_θ' 1/t_max Σ_t (log π_θ'(a_t|s_t) Â_t + β H[π_θ'(·|s_t)])
+     8      dφ = -∇_φ' 1/t_max Σ_t (R_t - V_φ'(s_t))²
      9      T ← T + the number of these steps
     10      a step of RMSProp on the shared θ and φ: g ← α g + (1 - α) Δ², Δ = (dθ, dφ);
             (θ, φ) ← (θ, φ) + η Δ / √(g + ε)
     11  until T > T_max
 
 Beyond the pseudo-code: no lock guards line 10, as in the paper, so that the steps of two processes may overlap, and two
-runs with the same seed differ, except with --num-workers 1. The paper has sums over the steps of a segment; means make
-the learning rate η independent of t_max. The value loss has a weight, gradients are clipped, η is annealed to 0, and g
-starts at 1, as in TensorFlow. Where a time limit ends an episode, line 5 bootstraps from the true last observation. One
-more process, the main one, counts T, logs and evaluates; a process waits for it after each segment.
+runs with the same seed differ, except with --num-workers 1. The paper has sums over the steps of a segment; divided by
+t_max, they leave the learning rate η independent of it. The value loss has a weight, gradients are clipped, η is
+annealed to 0, and g starts at 1, as in TensorFlow. Where a time limit ends an episode, line 5 bootstraps from the true
+last observation. One more process, the main one, counts T, logs and evaluates; a process waits for it after each
+segment.
 `diff algos/a2c.py algos/a3c.py` shows what differs from the synchronous form.
 
 Result  CartPole-v1 by the command above, with four processes: being measured
@@ -202,9 +203,10 @@ class A3C:
     def loss(self, s, a, advantage, returns):
         """The loss of a segment, and its three parts."""
         pi = self.policy(s)
-        policy_loss = -(pi.log_prob(a) * advantage).mean()  # line 7
-        value_loss = (self.value(s).squeeze(-1) - returns).square().mean()  # line 8
-        entropy = pi.entropy().mean()
+        policy_loss = -(pi.log_prob(a) * advantage).sum() / self.args.num_steps  # line 7
+        value_loss = (self.value(s).squeeze(-1) - returns).square().sum() / self.args.num_steps  # line 8
+        with torch.set_grad_enabled(self.args.entropy_coef > 0):  # without the bonus, its gradient is not computed
+            entropy = pi.entropy().sum() / self.args.num_steps
         loss = policy_loss + self.args.value_coef * value_loss - self.args.entropy_coef * entropy
         return loss, torch.stack([policy_loss, value_loss, entropy]).detach()
 

@@ -153,7 +153,7 @@ COMPARISONS = {
     ),
     "a2c CartPole-v1": Comparison(
         "algos/a2c.py",
-        20_000,
+        100_000,
         dict(anneal=False),
         sb3=("A2C", "CartPole-v1", {}),
         sb3_num_envs=8,

@@ -430,7 +430,7 @@ def test_the_compiled_update_is_the_update():
     "settings, words",
     [
         (dict(env_id="FrozenLake-v1"), "a2c needs vector observations FrozenLake-v1 try q_learning"),
-        (dict(num_steps=1), "--num-steps"),
+        (dict(num_steps=0), "--num-steps"),
         (dict(num_envs=0), "--num-envs"),
         (dict(gamma=1.1), "--gamma must lie in [0, 1], it is 1.1"),
         (dict(gamma=-0.1), "--gamma"),

@@ -197,8 +197,8 @@ def test_the_learning_rate_falls_with_the_steps_of_all_processes(monkeypatch):
 
 
 @pytest.mark.parametrize("action_space", [None, BOX])
-def test_lines_7_and_8_the_loss_is_that_of_a2c(action_space):
-    settings = dict(value_coef=0.3, entropy_coef=0.02)
+def test_lines_7_and_8_the_loss_of_a_segment_of_t_max_steps_is_that_of_a2c(action_space):
+    settings = dict(value_coef=0.3, entropy_coef=0.02, num_steps=8)
     agent, segment = make_agent(action_space, **settings), make_segment(action_space=action_space)
     torch.manual_seed(0)
     other = a2c.A2C(3, action_space or gym.spaces.Discrete(2), a2c.Args(**settings), torch.device("cpu"))
@@ -210,9 +210,15 @@ def test_lines_7_and_8_the_loss_is_that_of_a2c(action_space):
         torch.testing.assert_close(one, two)
 
 
+def test_lines_7_and_8_each_step_has_the_same_weight_in_a_short_segment():
+    agent, whole = make_agent(num_steps=8, entropy_coef=0.02), make_segment()
+    parts = [{name: x[rows] for name, x in whole.items()} for rows in (slice(0, 3), slice(3, 8))]
+    torch.testing.assert_close(agent.loss(**parts[0])[0] + agent.loss(**parts[1])[0], agent.loss(**whole)[0])
+
+
 def test_line_10_the_steps_of_one_process_are_those_of_a2c():
     """On the shared parameters and with the shared g; the process's own copies do not move."""
-    shared, agent = make_agent(learning_rate=0.01, max_grad_norm=0.4), make_agent(max_grad_norm=0.4)
+    shared, agent = make_agent(learning_rate=0.01, max_grad_norm=0.4), make_agent(num_steps=8, max_grad_norm=0.4)
     torch.manual_seed(0)
     settings = a2c.Args(learning_rate=0.01, max_grad_norm=0.4)
     other = a2c.A2C(3, gym.spaces.Discrete(2), settings, torch.device("cpu"))
@@ -228,6 +234,15 @@ def test_line_10_the_steps_of_one_process_are_those_of_a2c():
     g = shared.optimizer.state[shared.optimizer.vector]["g"]
     torch.testing.assert_close(g, other.optimizer.state[other.optimizer.param_groups[0]["params"][0]]["g"])
     assert (agent.optimizer.state[agent.optimizer.vector]["g"] == 1).all()
+
+
+def test_line_10_epsilon_lies_inside_the_root():
+    theta = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    optimizer = a3c.RMSProp([theta], lr=0.1, alpha=0.5, eps=0.04)
+    optimizer.state[optimizer.vector]["g"].zero_()
+    (theta * torch.tensor([1.0, 0.0])).sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(theta.detach(), torch.tensor([1 - 0.1 / 0.54**0.5, 2.0]))
 
 
 def add_one(optimizer):
