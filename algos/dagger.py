@@ -187,7 +187,7 @@ class DAgger:
 
     def act(self, obs: np.ndarray, explore: bool = True):
         """An action of π_i for an observation (obs_dim,), or without exploration one of the best π̂."""
-        if explore and torch.rand(()) < self.beta:
+        if explore and torch.rand(()).item() < self.beta:
             return self.expert(obs)  # line D3
         return self.mode(self.policy if explore else self.best.policy, obs)  # lines D3, D7
 

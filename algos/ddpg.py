@@ -272,22 +272,22 @@ def set_up_torch(args) -> torch.device:
 
 
 class ReplayBuffer:
-    """A ring buffer of transitions, each a float32 row [s, a, s', r, d]: adding is one write, sampling one gather."""
+    """A ring buffer of transitions in the CPU's memory, each a float32 row [s, a, s', r, d]."""
 
     def __init__(self, capacity: int, obs_dim: int, action_dim: int, device: torch.device):
-        self.widths = [obs_dim, action_dim, obs_dim, 2]
-        self.rows = torch.zeros(capacity, sum(self.widths), device=device)
+        self.widths, self.device = [obs_dim, action_dim, obs_dim, 2], device
+        self.rows = torch.zeros(capacity, sum(self.widths))
         self.size = self.next = 0
 
     def add(self, s, a, r, s2, d):
-        self.rows[self.next] = torch.from_numpy(np.concatenate([s, a, s2, [r, d]], dtype=np.float32))
+        self.rows.numpy()[self.next] = np.concatenate([s, a, s2, [r, d]])
         self.next = (self.next + 1) % len(self.rows)
         self.size = min(self.size + 1, len(self.rows))
 
     def sample(self, batch_size: int):
         """s (batch, obs_dim), a (batch, action_dim), r (batch,), s' (batch, obs_dim), d (batch,), drawn uniformly."""
-        index = torch.randint(self.size, (batch_size,), device=self.rows.device)
-        s, a, s2, r_d = self.rows[index].split(self.widths, dim=1)
+        index = torch.randint(self.size, (batch_size,))
+        s, a, s2, r_d = self.rows[index].to(self.device).split(self.widths, dim=1)
         return s, a, r_d[:, 0], s2, r_d[:, 1]
 
     def state_dict(self) -> dict:

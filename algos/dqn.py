@@ -128,10 +128,10 @@ class DQN:
     @torch.inference_mode()
     def act(self, s: np.ndarray, explore: bool = True) -> int:
         """An action for s (obs_dim,)."""
-        if explore and torch.rand(()) < self.epsilon:
+        if explore and torch.rand(()).item() < self.epsilon:
             return int(torch.randint(self.num_actions, ()))  # line 6
         s = torch.as_tensor(s, dtype=torch.float32, device=self.device)
-        return int(self.q(s.unsqueeze(0)).argmax())  # line 7
+        return int(self.q(s).argmax())  # line 7
 
     def target(self, r, s2, d):
         """y (batch,), the target of Q(s, a)."""
@@ -252,22 +252,22 @@ def linear(start: float, end: float, fraction: float) -> float:
 
 
 class ReplayBuffer:
-    """A ring buffer of transitions, each a float32 row [s, a, s', r, d]: adding is one write, sampling one gather."""
+    """A ring buffer of transitions in the CPU's memory, each a float32 row [s, a, s', r, d]."""
 
     def __init__(self, capacity: int, obs_dim: int, action_dim: int, device: torch.device):
-        self.widths = [obs_dim, action_dim, obs_dim, 2]
-        self.rows = torch.zeros(capacity, sum(self.widths), device=device)
+        self.widths, self.device = [obs_dim, action_dim, obs_dim, 2], device
+        self.rows = torch.zeros(capacity, sum(self.widths))
         self.size = self.next = 0
 
     def add(self, s, a, r, s2, d):
-        self.rows[self.next] = torch.from_numpy(np.concatenate([s, a, s2, [r, d]], dtype=np.float32))
+        self.rows.numpy()[self.next] = np.concatenate([s, a, s2, [r, d]])
         self.next = (self.next + 1) % len(self.rows)
         self.size = min(self.size + 1, len(self.rows))
 
     def sample(self, batch_size: int):
         """s (batch, obs_dim), a (batch, action_dim), r (batch,), s' (batch, obs_dim), d (batch,), drawn uniformly."""
-        index = torch.randint(self.size, (batch_size,), device=self.rows.device)
-        s, a, s2, r_d = self.rows[index].split(self.widths, dim=1)
+        index = torch.randint(self.size, (batch_size,))
+        s, a, s2, r_d = self.rows[index].to(self.device).split(self.widths, dim=1)
         return s, a, r_d[:, 0], s2, r_d[:, 1]
 
     def state_dict(self) -> dict:

@@ -156,7 +156,7 @@ class DQN:
     @torch.inference_mode()
     def act(self, s: np.ndarray, explore: bool = True) -> int:
         """An action for s (*obs_shape,)."""
-        if explore and torch.rand(()) < self.epsilon:
+        if explore and torch.rand(()).item() < self.epsilon:
             return int(torch.randint(self.num_actions, ()))  # line 6
         s = torch.as_tensor(s, dtype=torch.float32, device=self.device)
         return int(self.q(s.unsqueeze(0)).argmax())  # line 7

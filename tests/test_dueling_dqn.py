@@ -109,7 +109,7 @@ def source(function, *replacements):
 def test_the_algorithm_but_for_the_network_is_the_one_of_double_dqn(method):
     """So that its tests check it; the best action is asked of the network."""
     replacements = dict(
-        act=("self.q.best(s.unsqueeze(0))", "self.q(s.unsqueeze(0)).argmax()"),
+        act=("self.q.best(s)", "self.q(s).argmax()"),
         target=("self.q.best(s2)", "self.q(s2).argmax(dim=1, keepdim=True)"),
     )
     changed = [replacements[method]] if method in replacements else []
