@@ -1174,6 +1174,48 @@ TASKS = [  # the first task of a script is the one that README shows
         record=True,
         note="A record beside qmix's task of the same name: no result of MAVEN is published.",
     ),
+    # --- dgn ----------------------------------------------------------------------------------------------------------
+    Task(
+        "dgn__battle",
+        "marl_algos/dgn.py",
+        "--team red",
+        0,
+        "random play against random opponents gets -4.2 per agent, measured; above 0, kills and hits outweigh costs",
+        unit="per agent",
+        minutes=6,
+    ),
+    Task(
+        "dgn__relay",
+        "marl_algos/dgn.py",
+        "--env-id envs.relay --env-kwargs '{}' --num-neighbours 1 --total-timesteps 2000 --epsilon-steps 1000 "
+        "--updates 1 --eval-every 500 --eval-episodes 1000",
+        0.99,
+        "1 is the optimum: two layers carry the bit over two edges",
+        seeds=5,
+        unit="per agent",
+    ),
+    Task(
+        "dgn__relay_one_layer",
+        "marl_algos/dgn.py",
+        "--env-id envs.relay --env-kwargs '{}' --num-neighbours 1 --total-timesteps 2000 --epsilon-steps 1000 "
+        "--updates 1 --layers 1 --eval-every 500 --eval-episodes 1000",
+        0.45,
+        "the bit does not arrive: a guess gets 0.5; dgn__relay has two layers",
+        seeds=5,
+        unit="per agent",
+        note="With one layer the last agent hears its neighbour only: more than 0.5 would be a leak through the mask.",
+    ),
+    Task(
+        "dgn__relay_no_layer",
+        "marl_algos/dgn.py",
+        "--env-id envs.relay --env-kwargs '{}' --num-neighbours 1 --total-timesteps 2000 --epsilon-steps 1000 "
+        "--updates 1 --layers 0 --eval-every 500 --eval-episodes 1000",
+        0.45,
+        "the bit does not arrive: a guess gets 0.5; dgn__relay has two layers",
+        seeds=5,
+        unit="per agent",
+        note="Without layers the agents are independent: more than 0.5 would be a leak.",
+    ),
     # --- qatten -------------------------------------------------------------------------------------------------------
     Task(
         "qatten__simple_spread",

@@ -432,7 +432,8 @@ def two_episodes(module) -> dict:
 def train_small(script, folder, **changes):
     """Train on the stub; returns the result."""
     module = load(f"marl_algos/{script}.py")
-    given = small_args(f"marl_algos/{script}.py", total_timesteps=100, env_id="stub", run_dir=str(folder / script))
+    given = small_args(f"marl_algos/{script}.py", total_timesteps=100, run_dir=str(folder / script))
+    given |= dict(env_id="stub", env_kwargs="{}")
     return module.train(module.Args(**given | two_episodes(module) | changes))
 
 
@@ -714,6 +715,7 @@ ADAPTERS = {
     "climbing": ("matrix_games", {"game": "climbing"}),
     "two_step": ("matrix_games", {"game": "two_step"}),
     "m_step": ("matrix_games", {"game": "m_step"}),
+    "relay": ("relay", {}),
     "lbf": ("lbf", {}),
     "vmas": ("vmas", {"max_steps": 20}),
     "vmas, continuous": ("vmas", {"max_steps": 20, "continuous_actions": True}),
