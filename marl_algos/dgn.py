@@ -5,7 +5,7 @@
 """DGN: graph convolutional reinforcement learning. Agents attend to their neighbours, and through them to others.
 
 Paper   Jiang et al., 2018; 2020. https://arxiv.org/abs/1810.09202
-Notes   "DGN (2018)"; pics/dgn.png (the network), dgn2.png (one convolutional layer), dgn3.png (the loss)
+Notes   "DGN (2020)"; pics/dgn.png (the network), dgn2.png (one convolutional layer), dgn3.png (the loss)
 Run     python marl_algos/dgn.py --team red
 
      1  initialise the network θ, target θ⁻ ← θ, empty replay buffer D of transitions
