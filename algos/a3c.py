@@ -160,7 +160,7 @@ class RMSProp(torch.optim.Optimizer):
         self.state[self.vector]["g"].share_memory_()
 
     def zero_grad(self, set_to_none: bool = False):
-        super().zero_grad(set_to_none=False)  # the gradients stay views
+        self.vector.grad.zero_()  # the gradients stay views
 
     @torch.no_grad()
     def step(self):

@@ -448,7 +448,7 @@ class FlatAdam(torch.optim.Adam):
         super().__init__([vector], fused=True, **options)
 
     def zero_grad(self, set_to_none: bool = False):
-        super().zero_grad(set_to_none=False)  # the gradients stay views
+        self.param_groups[0]["params"][0].grad.zero_()  # the gradients stay views
 
 
 class Rollout:

@@ -181,11 +181,17 @@ COMPARISONS = {
         "marl_algos/qmix.py", 5_000, dict(updates=1, recurrent=False), epymarl="qmix use_rnn=False"
     ),
     "qtran simple_spread_v3, GRU": Comparison("marl_algos/qtran.py", 5_000, dict(updates=1), epymarl=EPYMARL_QTRAN),
-    "mappo simple_spread_v3, policy with GRU": Comparison(
+    "mappo simple_spread_v3, GRU (EPyMARL: in the policy only)": Comparison(
         "marl_algos/mappo.py",
         10_000,
         dict(num_envs=10, update_epochs=4, hidden_dim=128, recurrent=True),
-        epymarl="mappo",
+        epymarl="mappo use_rnn=True",
+    ),
+    "mappo simple_spread_v3, feed-forward": Comparison(
+        "marl_algos/mappo.py",
+        10_000,
+        dict(num_envs=10, update_epochs=4, hidden_dim=128),
+        epymarl="mappo use_rnn=False",
     ),
 }
 
