@@ -1216,6 +1216,37 @@ TASKS = [  # the first task of a script is the one that README shows
         unit="per agent",
         note="Without layers the agents are independent: more than 0.5 would be a leak.",
     ),
+    # --- roma ---------------------------------------------------------------------------------------------------------
+    Task(
+        "roma__simple_spread",
+        "marl_algos/roma.py",
+        "--env-id mpe2.simple_spread_v3",
+        -14,
+        "between random play, -27, and a script, -9.3, both measured per agent; qmix's threshold",
+        unit="per agent",
+    ),
+    Task(
+        "roma__two_step",
+        "marl_algos/roma.py",
+        """--env-id envs.matrix_games --env-kwargs '{"game": "two_step"}' --total-timesteps 10000 --epsilon-end 1.0 """
+        "--gamma 0.99 --td-lambda 0 --learning-rate 0.0005 --no-anneal --no-normalize-state --updates 1 "
+        "--target-every 200 --eval-every 1000 --eval-episodes 1",
+        8,
+        "8 is the optimum; a sum of agents' values ends at 7",
+        seeds=5,
+        unit="per team",
+    ),
+    Task(
+        "roma__simple_speaker_listener",
+        "marl_algos/roma.py",
+        "--env-id mpe2.simple_speaker_listener_v4 --total-timesteps 300000 --no-recurrent --updates 4 --batch-size 8 "
+        "--target-every 200 --eval-every 50000",
+        -15,
+        "between random play, -43, and a script, -8.3, both measured per agent; qmix's threshold",
+        unit="per agent",
+        record=True,
+        note="A record beside qmix's task of the same name: no result of ROMA is published.",
+    ),
     # --- qatten -------------------------------------------------------------------------------------------------------
     Task(
         "qatten__simple_spread",

@@ -153,6 +153,8 @@ def lengths(script: str) -> tuple[int, int]:
             return 355, 820
         if "def update_latent" in words:  # a discriminator and a latent policy beside qmix
             return 385, 850
+        if "def specialisation" in words:  # a role encoder, a role decoder and two more losses beside qmix
+            return 395, 860
         if "class TransitionReplay" in words:  # a replay of its own, and where MAgent2 has its agents
             return 315, 800
         return (395, 875) if "class TeamRollout" in words else (305, 770)
