@@ -30,7 +30,7 @@ last observation. One more process, the main one, counts T, logs and evaluates; 
 segment.
 `diff algos/a2c.py algos/a3c.py` shows what differs from the synchronous form.
 
-Result  CartPole-v1 by the command above, with four processes: being measured
+Result  CartPole-v1 by the command above, with four processes: 500, the maximum, in 3 of 3 seeds
 """
 
 import contextlib

@@ -43,7 +43,8 @@ likely z and a, the authors draw both. The defaults are for a CPU; where the pap
 names them: --size 16 --batch-length 64 --train-ratio 512 --learning-rate 4e-5 is its model of 12 million parameters.
 From images, --capture-video also films what the model imagines beside what happened.
 
-Result  CartPole-v1 after 20k steps: being measured, with three seeds, by the command above
+Result  CartPole-v1 by the command above, 20k steps: 500, 468 and 428 in three seeds (means of the last three
+        evaluations)
 """
 
 import contextlib
