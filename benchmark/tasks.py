@@ -627,6 +627,7 @@ TASKS = [  # the first task of a script is the one that README shows
         "--env-id CartPole-v1",
         475,
         "the environment's own reward threshold, and that of a2c__CartPole-v1",
+        seeds=5,
         minutes=3,
     ),
     # --- gae: the settings of vpg -------------------------------------------------------------------------------------
@@ -813,6 +814,7 @@ TASKS = [  # the first task of a script is the one that README shows
         "--env-id MountainCar-v0",
         -190,
         "a mark of our own, the goal is reached; CleanRL's PPO: -200 ± 0 after 500,000 steps",
+        seeds=5,
         minutes=4,
     ),
     Task(
@@ -841,6 +843,7 @@ TASKS = [  # the first task of a script is the one that README shows
         "--env-id MountainCar-v0",
         -190,
         "a mark of our own, the goal is reached; CleanRL's PPO: -200 ± 0 after 500,000 steps",
+        seeds=5,
         minutes=3,
     ),
     Task(
@@ -1064,7 +1067,7 @@ TASKS = [  # the first task of a script is the one that README shows
         "Mahajan et al. (2019): QMIX ends at 10; 13 is the optimum",
         seeds=5,
         unit="per team",
-        note="The settings are those of maven's task of the same name, which adds λ_MI.",
+        note="The settings are those of maven's task of the same name.",
     ),
     Task(
         "qmix__simple_speaker_listener",
@@ -1146,12 +1149,12 @@ TASKS = [  # the first task of a script is the one that README shows
         "marl_algos/maven.py",
         """--env-id envs.matrix_games --env-kwargs '{"game": "m_step"}' --total-timesteps 100000 --epsilon-end 0.01 """
         "--epsilon-steps 100 --gamma 0.99 --td-lambda 0 --no-anneal --updates 1 --buffer-size 1000 --target-every 200 "
-        "--lambda-mi 1 --eval-every 5000 --eval-episodes 1",
+        "--eval-every 5000 --eval-episodes 1",
         13,
         "Mahajan et al. (2019): 13, the optimum, in the median after 100,000 steps; QMIX ends at 10",
         seeds=5,
         unit="per team",
-        note="The policy is greedy for the most probable z. λ_MI is that of the curve which the authors plot.",
+        note="The policy is greedy for the most probable z.",
     ),
     Task(
         "maven__two_step",
