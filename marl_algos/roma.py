@@ -311,7 +311,7 @@ def role_net(input_dim: int, output_dim: int, args: Args) -> nn.Sequential:
 
 
 def kl_divergence(p, q):
-    """KL(p ‖ q) of normal distributions; torch's own cannot be compiled into one graph."""
+    """KL(p ‖ q) of normal distributions; that of torch interrupts the compiled graph."""
     distance = (p.mean - q.mean).square()
     return (q.stddev / p.stddev).log() + (p.variance + distance) / (2 * q.variance) - 0.5  # line 16
 
