@@ -36,7 +36,7 @@ terminal state: line 12 still bootstraps. The death of an agent ends its own epi
 a dead agent has weight 0 in line 13.
 
 Result  simple_spread by the command above: to be measured. The two-step game, with the settings of its task in
-        benchmark/tasks.py: to be measured; independent agents end at 7, and 8 is the optimum
+        benchmark/tasks.py: 7 in 5 of 5 seeds, where independent agents end; 8 is the optimum
 """
 
 import contextlib
