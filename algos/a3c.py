@@ -27,8 +27,7 @@ runs with the same seed differ, except with --num-workers 1. The paper has sums 
 t_max, they leave the learning rate η independent of it. The value loss has a weight, gradients are clipped, η is
 annealed to 0, and g starts at 1, as in TensorFlow. Where a time limit ends an episode, line 5 bootstraps from the true
 last observation. One more process, the main one, counts T, logs and evaluates; a process waits for it after each
-segment.
-`diff algos/a2c.py algos/a3c.py` shows what differs from the synchronous form.
+segment. `diff algos/a2c.py algos/a3c.py` shows what differs from the synchronous form.
 
 Result  CartPole-v1 by the command above, with four processes: 500, the maximum, in 3 of 3 seeds
 """
