@@ -23,7 +23,7 @@ vanishes. As in the paper, φ learns from L_I and from L_F, through both states 
 such weights make no difference. Where actions are vectors, g is a normal distribution and L_I its negative
 log-likelihood. `diff algos/ppo.py algos/icm.py` shows what is added to PPO.
 
-Result  MountainCar-v0 by the command above: -114 (-116 to -112, 3 seeds). DeepSea-v0
+Result  MountainCar-v0 by the command above: -113 (-116 to -112, 5 seeds). DeepSea-v0
         is not solved reliably: see benchmark/RESULTS.md, also for PPO without the bonus
 """
 
