@@ -122,7 +122,7 @@ class Args:
 
 
 class QNetwork(nn.Module):
-    """Q(·, ·; θ): images of bytes (batch, stack, channels, height, width) -> values (batch, |A|)."""
+    """Q(·, ·; θ): images of bytes (..., stack, channels, height, width) -> values (..., |A|)."""
 
     def __init__(self, obs_shape: tuple[int, ...], num_actions: int):
         super().__init__()
@@ -131,17 +131,17 @@ class QNetwork(nn.Module):
         self.mlp = mlp(features, 128, num_actions)
 
     def forward(self, s):
-        return self.mlp(self.convolutions(s.flatten(1, 2) / 255))
+        return self.mlp(self.convolutions(s.flatten(-4, -3) / 255))
 
 
 def convolutions(stack: int, channels: int, height: int, width: int) -> nn.Sequential:
-    """The slides' convolutional layers, or for images below 36 × 36 MinAtar's; -> features (batch, ·)."""
+    """The slides' convolutional layers, or for images below 36 × 36 MinAtar's; -> features (..., ·)."""
     layers = ((32, 8, 4), (64, 4, 2), (64, 3, 1)) if min(height, width) >= 36 else ((16, 3, 1),)
     net, inputs = nn.Sequential(), stack * channels
     for outputs, kernel, stride in layers:
         net.extend([nn.Conv2d(inputs, outputs, kernel, stride), nn.ReLU(inplace=True)])
         inputs = outputs
-    return net.append(nn.Flatten())
+    return net.append(nn.Flatten(-3))
 
 
 class DQN:
@@ -159,7 +159,7 @@ class DQN:
         if explore and torch.rand(()).item() < self.epsilon:
             return int(torch.randint(self.num_actions, ()))  # line 6
         s = torch.as_tensor(s, dtype=torch.float32, device=self.device)
-        return int(self.q(s.unsqueeze(0)).argmax())  # line 7
+        return int(self.q(s).argmax())  # line 7
 
     def target(self, r, s2, d):
         """y (batch,), the target of Q(s, a)."""

@@ -135,17 +135,17 @@ class Network(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, s):
-        return self.mlp(self.convolutions(s.flatten(1, 2) / 255))
+        return self.mlp(self.convolutions(s.flatten(-4, -3) / 255))
 
 
 def convolutions(stack: int, channels: int, height: int, width: int) -> nn.Sequential:
-    """The slides' convolutional layers, or for images below 36 × 36 MinAtar's; -> features (batch, ·)."""
+    """The slides' convolutional layers, or for images below 36 × 36 MinAtar's; -> features (..., ·)."""
     layers = ((32, 8, 4), (64, 4, 2), (64, 3, 1)) if min(height, width) >= 36 else ((16, 3, 1),)
     net, inputs = nn.Sequential(), stack * channels
     for outputs, kernel, stride in layers:
         net.extend([nn.Conv2d(inputs, outputs, kernel, stride), nn.ReLU(inplace=True)])
         inputs = outputs
-    return net.append(nn.Flatten())
+    return net.append(nn.Flatten(-3))
 
 
 class CategoricalPolicy(nn.Module):
