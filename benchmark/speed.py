@@ -49,6 +49,8 @@ class Comparison:
     """let its VecNormalize normalise observations and rewards"""
     epymarl: str = ""
     """EPyMARL's algorithm and settings"""
+    beside: str = ""
+    """a comparison whose script is a contender, too, with its own settings"""
     skip: int = 0
     """its first steps that are not measured, those before its first update for instance"""
 
@@ -75,6 +77,7 @@ EPYMARL_QTRAN = (  # it has no configuration for its QTRAN: that of QMIX, with w
     "qmix use_rnn=True learner=qtran_learner mixer=qtran_base qtran_arch=qtran_paper network_size=small opt_loss=1 "
     "nopt_min_loss=0.1 mixing_embed_dim=64 rnn_hidden_dim=64 target_update_interval=200"
 )
+QMIX = "qmix simple_spread_v3, GRU"
 DREAMER = dict(learning_starts=64, eval_every=0, checkpoint_every=0)
 COMPARISONS = {
     "td3 HalfCheetah-v4": Comparison(
@@ -121,10 +124,12 @@ COMPARISONS = {
             ),
         ),
     ),
-    "double_dqn CartPole-v1": Comparison("algos/double_dqn.py", 50_000, CARTPOLE_DQN),
-    "dueling_dqn CartPole-v1": Comparison("algos/dueling_dqn.py", 50_000, CARTPOLE_DQN | dict(hidden_sizes=[120, 42])),
+    "double_dqn CartPole-v1": Comparison("algos/double_dqn.py", 50_000, CARTPOLE_DQN, beside="dqn CartPole-v1"),
+    "dueling_dqn CartPole-v1": Comparison(
+        "algos/dueling_dqn.py", 50_000, CARTPOLE_DQN | dict(hidden_sizes=[120, 42]), beside="dqn CartPole-v1"
+    ),
     "prioritized_dqn CartPole-v1": Comparison(
-        "algos/prioritized_dqn.py", 50_000, CARTPOLE_DQN | dict(beta_steps=50_000)
+        "algos/prioritized_dqn.py", 50_000, CARTPOLE_DQN | dict(beta_steps=50_000), beside="dqn CartPole-v1"
     ),
     "ppo CartPole-v1": Comparison(
         "algos/ppo.py",
@@ -181,6 +186,17 @@ COMPARISONS = {
         "marl_algos/qmix.py", 5_000, dict(updates=1, recurrent=False), epymarl="qmix use_rnn=False"
     ),
     "qtran simple_spread_v3, GRU": Comparison("marl_algos/qtran.py", 5_000, dict(updates=1), epymarl=EPYMARL_QTRAN),
+    "vdn simple_spread_v3, GRU": Comparison(
+        "marl_algos/vdn.py", 5_000, dict(updates=1), epymarl="vdn use_rnn=True", beside=QMIX
+    ),
+    "iql simple_spread_v3, GRU": Comparison(
+        "marl_algos/iql.py", 5_000, dict(updates=1), epymarl="iql use_rnn=True hidden_dim=64", beside=QMIX
+    ),
+    "qatten simple_spread_v3, GRU": Comparison("marl_algos/qatten.py", 5_000, dict(updates=1), beside=QMIX),
+    "qplex simple_spread_v3, GRU": Comparison("marl_algos/qplex.py", 5_000, dict(updates=1), beside=QMIX),
+    "shaq simple_spread_v3, GRU": Comparison("marl_algos/shaq.py", 5_000, dict(updates=1), beside=QMIX),
+    "maven simple_spread_v3, GRU": Comparison("marl_algos/maven.py", 5_000, dict(updates=1), beside=QMIX),
+    "roma simple_spread_v3, GRU": Comparison("marl_algos/roma.py", 5_000, dict(updates=1), beside=QMIX),
     "mappo simple_spread_v3, GRU (EPyMARL: in the policy only)": Comparison(
         "marl_algos/mappo.py",
         10_000,
@@ -308,6 +324,7 @@ def measure_epymarl(comparison: Comparison, checkout: str) -> float:
 
 def measure(name: str, contender: str, args: Args) -> float:
     """Steps per CPU second of one contender, from a process of its own in an empty folder."""
+    name, contender = (contender, "ours") if contender in COMPARISONS else (name, contender)
     checkouts = ["--cleanrl", args.cleanrl, "--epymarl", args.epymarl]
     command = [sys.executable, str(Path(__file__).resolve()), name, "--measure", contender, *checkouts]
     with tempfile.TemporaryDirectory() as folder:
@@ -327,7 +344,8 @@ def contenders(comparison: Comparison, args: Args) -> list[str]:
     with_cleanrl = ["CleanRL"] if comparison.cleanrl and args.cleanrl else []
     with_sb3 = ["SB3"] if comparison.sb3 and importlib.util.find_spec(sb3_package(comparison.sb3[0])) else []
     with_epymarl = ["EPyMARL"] if comparison.epymarl and args.epymarl else []
-    return ["ours", *with_cleanrl, *with_sb3, *with_epymarl]
+    besides = [comparison.beside] if comparison.beside else []
+    return ["ours", *with_cleanrl, *with_sb3, *with_epymarl, *besides]
 
 
 def compare(name: str, args: Args) -> dict:

@@ -739,6 +739,7 @@ def test_speed_is_a_table(folders):
 def test_speed_knows_the_settings_of_the_script(name):
     comparison = speed.COMPARISONS[name]
     assert set(comparison.args) <= fields(comparison.script)
+    assert not comparison.beside or speed.COMPARISONS[comparison.beside].steps == comparison.steps
     assert isinstance(comparison.skip, int) and (comparison.cleanrl is None or comparison.cleanrl[0].endswith(".py"))
 
 
@@ -756,6 +757,7 @@ def test_speed_measures_a_script_in_a_process_of_its_own(monkeypatch, tmp_path):
     short = speed.Comparison("algos/q_learning.py", 500, {})
     assert 0 < speed.measure_ours(short, tmp_path) < 60
     assert speed.contenders(short, speed.Args()) == ["ours"]
+    assert speed.contenders(speed.COMPARISONS["double_dqn CartPole-v1"], speed.Args())[-1] == "dqn CartPole-v1"
     process = subprocess.run(
         [sys.executable, str(ROOT / "benchmark" / "speed.py"), "nothing"],
         capture_output=True,
