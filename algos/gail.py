@@ -324,9 +324,10 @@ def train(args: Args) -> dict:
                 run.log(agent.update_discriminator(s, a, agent.normalized(expert_s[rows]), expert_a[rows]))  # line G4
             batch = agent.targets(rollout)
             for _ in range(args.update_epochs):
-                for rows in torch.randperm(batch_size, device=device).chunk(args.num_minibatches):
-                    minibatch = {name: x[rows] for name, x in batch.items()}
-                    run.log(agent.update(minibatch))  # line G5
+                order = torch.randperm(batch_size, device=device)
+                shuffled = {name: x[order].chunk(args.num_minibatches) for name, x in batch.items()}
+                for minibatch in zip(*shuffled.values()):
+                    run.log(agent.update(dict(zip(shuffled, minibatch))))  # line G5
             run.log(agent.diagnostics(batch))
             run.advance(batch_size)
             run.evaluate_and_save(evaluation)

@@ -392,9 +392,10 @@ def train(args: Args) -> dict:
                     run.log_episode(episode)
             batch = agent.targets(rollout)
             for _ in range(args.update_epochs):
-                for rows in torch.randperm(batch_size, device=device).chunk(args.num_minibatches):
-                    minibatch = {name: x[rows] for name, x in batch.items()}
-                    run.log(agent.update(minibatch))  # line P2
+                order = torch.randperm(batch_size, device=device)
+                shuffled = {name: x[order].chunk(args.num_minibatches) for name, x in batch.items()}
+                for minibatch in zip(*shuffled.values()):
+                    run.log(agent.update(dict(zip(shuffled, minibatch))))  # line P2
             demonstration.move_start()  # line P3
             run.log({"charts/start": demonstration.start})
             run.advance(batch_size)

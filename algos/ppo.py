@@ -262,9 +262,10 @@ def train(args: Args) -> dict:
             fraction = run.step / args.total_timesteps if args.anneal else 0.0
             agent.optimizer.param_groups[0]["lr"] = linear(args.learning_rate, 0.0, fraction)
             for _ in range(args.update_epochs):
-                for rows in torch.randperm(batch_size, device=device).chunk(args.num_minibatches):
-                    minibatch = {name: x[rows] for name, x in batch.items()}
-                    run.log(agent.update(minibatch))  # lines 6, 7
+                order = torch.randperm(batch_size, device=device)
+                shuffled = {name: x[order].chunk(args.num_minibatches) for name, x in batch.items()}
+                for minibatch in zip(*shuffled.values()):
+                    run.log(agent.update(dict(zip(shuffled, minibatch))))  # lines 6, 7
             run.log(agent.diagnostics(batch))
             run.advance(batch_size)
             run.evaluate_and_save(evaluation)
