@@ -18,7 +18,8 @@ Run     python algos/icm.py --env-id MountainCar-v0
 
 Beyond the pseudo-code: PPO, whose lines are in ppo.py, takes the place of A3C. φ sees normalised observations, clipped
 to [-5, 5], and r_int is divided by the standard deviation of its discounted sums so far, as in rnd.py: else it soon
-vanishes. As in the paper, φ learns from L_I and from L_F, through both states of a transition, and shares nothing with
+vanishes; φ and f start with orthogonal weights, scaled by √2: in states not seen before, a smaller φ has smaller
+errors. As in the paper, φ learns from L_I and from L_F, through both states of a transition, and shares nothing with
 π and V. The paper minimises λ times the loss of π plus line 7; here line 7 has an optimiser of its own, for which
 such weights make no difference. Where actions are vectors, g is a normal distribution and L_I its negative
 log-likelihood. `diff algos/ppo.py algos/icm.py` shows what is added to PPO.
@@ -123,8 +124,12 @@ def network(inputs: int, outputs: int, gain: float) -> nn.Sequential:
 
 
 def embedding(inputs: int, outputs: int) -> nn.Sequential:
-    """φ or f, two ELU layers of 64 units and a linear one: (batch, inputs) -> (batch, outputs)."""
-    return nn.Sequential(nn.Linear(inputs, 64), nn.ELU(), nn.Linear(64, 64), nn.ELU(), nn.Linear(64, outputs))
+    """φ or f: (batch, inputs) -> (batch, outputs); ELU, orthogonal weights, scaled by √2."""
+    net = nn.Sequential(nn.Linear(inputs, 64), nn.ELU(), nn.Linear(64, 64), nn.ELU(), nn.Linear(64, outputs))
+    for layer in net[::2]:
+        nn.init.orthogonal_(layer.weight, math.sqrt(2))
+        nn.init.zeros_(layer.bias)
+    return net
 
 
 class CategoricalPolicy(nn.Module):
@@ -291,9 +296,10 @@ def train(args: Args) -> dict:
             fraction = run.step / args.total_timesteps if args.anneal else 0.0
             agent.optimizer.param_groups[0]["lr"] = linear(args.learning_rate, 0.0, fraction)
             for _ in range(args.update_epochs):
-                for rows in torch.randperm(batch_size, device=device).chunk(args.num_minibatches):
-                    minibatch = {name: x[rows] for name, x in batch.items()}
-                    run.log(agent.update(minibatch))  # lines 6, 7
+                order = torch.randperm(batch_size, device=device)
+                shuffled = {name: x[order].chunk(args.num_minibatches) for name, x in batch.items()}
+                for minibatch in zip(*shuffled.values()):
+                    run.log(agent.update(dict(zip(shuffled, minibatch))))  # lines 6, 7
             run.log(agent.diagnostics(batch))
             run.advance(batch_size)
             run.evaluate_and_save(evaluation)

@@ -820,8 +820,8 @@ TASKS = [  # the first task of a script is the one that README shows
     Task(
         "icm__DeepSea-v0",
         "algos/icm.py",
-        "--env-id DeepSea-v0 --total-timesteps 5000 --num-steps 10 --num-minibatches 1 --eta 0.1 "
-        "--icm-learning-rate 0.001 --eval-every 500 --eval-episodes 1",
+        "--env-id DeepSea-v0 --total-timesteps 5000 --num-steps 10 --num-minibatches 1 --no-anneal --eta 1 "
+        "--learning-rate 0.001 --icm-learning-rate 0.001 --eval-every 500 --eval-episodes 1",
         0.9,
         "0.99 is the optimum, and 0 is next to it; random actions need 1024 episodes on average, these are 500",
         seeds=5,
@@ -830,7 +830,8 @@ TASKS = [  # the first task of a script is the one that README shows
         "icm__DeepSea-v0_20",
         "algos/icm.py",
         """--env-id DeepSea-v0 --env-kwargs '{"size": 20}' --total-timesteps 100000 --num-steps 20 """
-        "--num-minibatches 1 --eta 0.1 --icm-learning-rate 0.001 --eval-every 5000 --eval-episodes 1",
+        "--num-minibatches 1 --no-anneal --eta 1 --learning-rate 0.001 --icm-learning-rate 0.001 --eval-every 5000 "
+        "--eval-episodes 1",
         0.99,
         "the optimum; random actions need 1,048,576 episodes on average, these are 5,000",
         record=True,

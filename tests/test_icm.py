@@ -107,6 +107,17 @@ def expected_losses(agent, s, a, s2, one_hot):
     return inverse, 0.5 * ((phi_hat - phi2) ** 2).sum(1)
 
 
+def test_line_1_phi_and_f_are_orthogonal():
+    agent = make_agent()
+    for net in (agent.phi, agent.f):
+        assert [type(layer).__name__ for layer in net] == ["Linear", "ELU"] * 2 + ["Linear"]
+        for layer in net[::2]:
+            rows, columns = layer.weight.shape
+            gram = layer.weight @ layer.weight.T if rows <= columns else layer.weight.T @ layer.weight
+            torch.testing.assert_close(gram, 2 * torch.eye(min(rows, columns)), atol=1e-5, rtol=0)
+            assert not layer.bias.any()
+
+
 def test_lines_3_and_4_by_hand():
     agent, past = make_agent(), np.random.default_rng(0).normal(5, [1, 3, 2], (50, 3))
     agent.obs_moments.update(torch.tensor(past))
