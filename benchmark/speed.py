@@ -3,11 +3,13 @@
     python benchmark/speed.py                                     every comparison, three rounds
     python benchmark/speed.py td3 --cleanrl ~/cleanrl             one of them, CleanRL's script too, from its checkout
     python benchmark/speed.py qmix mappo --epymarl ~/epymarl      beside EPyMARL, from its checkout; pip install sacred
+    python benchmark/speed.py dreamerv3 --dreamer ~/nm512         beside NM512/dreamerv3-torch; pip install ruamel.yaml
     pip install stable-baselines3==2.9.2 sb3-contrib==2.9.2       needed to include Stable-Baselines3, for TRPO both
 
 Contenders run in turn, each in its own process, so that a slower machine affects all of them; the figure is the median
 over the rounds, and the ratio is what matters. Imports, evaluation and compilation are not measured, and ours logs as
-often as in a run of a million steps. The results are written to benchmark/results/speed.json.
+often as in a run of a million steps. Where a name says "updates only", each step is an update on a random batch. The
+results are written to benchmark/results/speed.json.
 """
 
 import contextlib
@@ -49,6 +51,8 @@ class Comparison:
     """let its VecNormalize normalise observations and rewards"""
     epymarl: str = ""
     """EPyMARL's algorithm and settings"""
+    dreamer: dict | None = None
+    """settings of dreamerv3-torch beside its defaults; the updates alone are measured, ours too, and `steps` of them"""
     beside: str = ""
     """a comparison whose script is a contender, too, with its own settings"""
     skip: int = 0
@@ -79,6 +83,24 @@ EPYMARL_QTRAN = (  # it has no configuration for its QTRAN: that of QMIX, with w
 )
 QMIX = "qmix simple_spread_v3, GRU"
 DREAMER = dict(learning_starts=64, eval_every=0, checkpoint_every=0)
+
+
+def dreamer_torch(size: int, batch_length: int = 16) -> dict:
+    """Settings of dreamerv3-torch with the widths, layers and batches of algos/dreamerv3.py for vectors and Discrete.
+
+    Encoder, decoder, heads, actor and critic then have as many parameters as ours. What differs: its GRU has a dense
+    weight matrix (with size 2 it has 324 thousand parameters in all, ours 169 thousand; with size 16 19.6 and 9.7
+    million), its prior a layer less; it has LayerNorm, three optimisers (Adam), no critic loss of replayed states, more
+    metrics, and it computes the gradient of the policy through the imagined steps, too.
+    """
+    units = 16 * size
+    vector = dict(mlp_keys=".*", cnn_keys="$^", mlp_layers=3, mlp_units=units)
+    settings = dict(dyn_deter=128 * size, dyn_discrete=size, dyn_hidden=units, units=units, batch_length=batch_length)
+    settings |= dict(encoder=vector, decoder=vector, reward_head=dict(layers=1), cont_head=dict(layers=1))
+    settings |= dict(actor=dict(layers=3, dist="onehot", std="none"), critic=dict(layers=3), imag_gradient="reinforce")
+    return settings
+
+
 COMPARISONS = {
     "td3 HalfCheetah-v4": Comparison(
         "algos/td3.py",
@@ -180,6 +202,10 @@ COMPARISONS = {
     "dreamerv3 CartPole-v1, 12 million parameters, an update per step": Comparison(
         "algos/dreamerv3.py", 66, DREAMER | dict(size=16, batch_length=64, train_ratio=1024.0), skip=64
     ),
+    "dreamerv3 CartPole-v1, updates only": Comparison("algos/dreamerv3.py", 50, {}, dreamer=dreamer_torch(2)),
+    "dreamerv3 CartPole-v1, 12 million parameters, updates only": Comparison(
+        "algos/dreamerv3.py", 2, dict(size=16, batch_length=64), dreamer=dreamer_torch(16, 64)
+    ),
     "q_learning CliffWalking-v1": Comparison("algos/q_learning.py", 50_000, {}),
     "qmix simple_spread_v3, GRU": Comparison("marl_algos/qmix.py", 5_000, dict(updates=1), epymarl="qmix use_rnn=True"),
     "qmix simple_spread_v3, feed-forward": Comparison(
@@ -222,6 +248,8 @@ class Args:
     """a checkout of CleanRL; without it CleanRL is left out"""
     epymarl: str = ""
     """a checkout of EPyMARL; without it EPyMARL is left out"""
+    dreamer: str = ""
+    """a checkout of NM512/dreamerv3-torch; without it it is left out"""
     measure: str = ""
     """internal: the contender to run once in this process"""
 
@@ -230,11 +258,17 @@ class Enough(BaseException):
     """Ends a run after the steps of the comparison."""
 
 
-def measure_ours(comparison: Comparison, folder: Path = Path("run")) -> float:
-    """CPU seconds of the first steps of a long run, which writes 500 means; with --compile, of its compiled updates."""
-    spec = importlib.util.spec_from_file_location("script", ROOT / comparison.script)
+def load(script: str) -> types.ModuleType:
+    """The module of a script, by its path below the root."""
+    spec = importlib.util.spec_from_file_location("script", ROOT / script)
     module = sys.modules["script"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def measure_ours(comparison: Comparison, folder: Path = Path("run")) -> float:
+    """CPU seconds of the first steps of a long run, which writes 500 means; with --compile, of its compiled updates."""
+    module = load(comparison.script)
     settings = dict(total_timesteps=1_000_000, eval_every=0, run_dir=str(folder)) | comparison.args
     skip = comparison.steps // 2 if settings.get("compile") else comparison.skip  # by then, all is compiled
     first, start = 0, time.process_time()
@@ -322,10 +356,74 @@ def measure_epymarl(comparison: Comparison, checkout: str) -> float:
     return cpu_seconds() - start
 
 
+def dreamer_batch(batch_size: int, length: int) -> dict:
+    """Random steps x, a, r, first and term (length, batch_size, ...) of the shapes and kinds of CartPole-v1's."""
+    import torch
+
+    shape = (length, batch_size)
+    x, a, r = torch.randn(*shape, 4), torch.eye(2)[torch.randint(2, shape)], torch.ones(shape)
+    first, term = ((torch.rand(shape) < 0.01).float() for _ in range(2))
+    return dict(x=x, a=a, r=r, first=first, term=term)
+
+
+def seconds_of(update, count: int) -> float:
+    """CPU seconds of so many updates, after one that is not measured."""
+    update()
+    start = time.process_time()
+    for _ in range(count):
+        update()
+    return time.process_time() - start
+
+
+def measure_our_update(comparison: Comparison) -> float:
+    """CPU seconds of DreamerV3's updates on a random batch, without the environment, the replay buffer and the log."""
+    import gymnasium as gym
+    import torch
+
+    module = load(comparison.script)
+    args = module.Args(**comparison.args)
+    torch.set_num_threads(1)
+    agent = module.Dreamer((4,), gym.spaces.Discrete(2), args, torch.device("cpu"))
+    batch = dreamer_batch(args.batch_size, args.batch_length)
+    batch["s"] = torch.randn(args.batch_size, agent.model.state_dim)
+    return seconds_of(lambda: agent.update(batch), comparison.steps)
+
+
+def measure_dreamer(comparison: Comparison, checkout: str) -> float:
+    """CPU seconds of dreamerv3-torch's updates of world model and behaviour on a random batch, as in its Dreamer."""
+    import torch
+    from ruamel.yaml import YAML
+
+    torch.set_num_threads(1)
+    sys.path.insert(0, checkout)
+    models = importlib.import_module("models")
+    models.networks.MLP.__init__.__defaults__ = tuple(  # its networks for vectors are for a GPU
+        "cpu" if default == "cuda" else default for default in models.networks.MLP.__init__.__defaults__
+    )
+    settings = YAML(typ="safe", pure=True).load(Path(checkout) / "configs.yaml")["defaults"]
+    for name, value in comparison.dreamer.items():
+        settings[name] = settings[name] | value if isinstance(value, dict) else value
+    config = types.SimpleNamespace(**settings | dict(device="cpu", num_actions=2))
+    space = types.SimpleNamespace(spaces={"x": types.SimpleNamespace(shape=(4,))})
+    model = models.WorldModel(space, None, 0, config).requires_grad_(False)
+    behavior = models.ImagBehavior(config, model).requires_grad_(False)
+    names = dict(x="x", a="action", r="reward", first="is_first", term="is_terminal")
+    batch = dreamer_batch(config.batch_size, config.batch_length)
+    batch = {names[name]: part.transpose(0, 1).numpy() for name, part in batch.items()}
+    batch["is_first"][:, 0] = 1  # as in all its batches
+    batch["image"] = batch["is_first"]  # it needs one, which its networks do not see here
+
+    def update():
+        states, _, _ = model._train(batch)
+        behavior._train(states, lambda _, s, a: model.heads["reward"](model.dynamics.get_feat(s)).mode())
+
+    return seconds_of(update, comparison.steps)
+
+
 def measure(name: str, contender: str, args: Args) -> float:
     """Steps per CPU second of one contender, from a process of its own in an empty folder."""
     name, contender = (contender, "ours") if contender in COMPARISONS else (name, contender)
-    checkouts = ["--cleanrl", args.cleanrl, "--epymarl", args.epymarl]
+    checkouts = ["--cleanrl", args.cleanrl, "--epymarl", args.epymarl, "--dreamer", args.dreamer]
     command = [sys.executable, str(Path(__file__).resolve()), name, "--measure", contender, *checkouts]
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -344,8 +442,9 @@ def contenders(comparison: Comparison, args: Args) -> list[str]:
     with_cleanrl = ["CleanRL"] if comparison.cleanrl and args.cleanrl else []
     with_sb3 = ["SB3"] if comparison.sb3 and importlib.util.find_spec(sb3_package(comparison.sb3[0])) else []
     with_epymarl = ["EPyMARL"] if comparison.epymarl and args.epymarl else []
+    with_dreamer = ["dreamerv3-torch"] if comparison.dreamer and args.dreamer else []
     besides = [comparison.beside] if comparison.beside else []
-    return ["ours", *with_cleanrl, *with_sb3, *with_epymarl, *besides]
+    return ["ours", *with_cleanrl, *with_sb3, *with_epymarl, *with_dreamer, *besides]
 
 
 def compare(name: str, args: Args) -> dict:
@@ -363,16 +462,17 @@ def compare(name: str, args: Args) -> dict:
 
 
 def main(args: Args):
-    args.cleanrl, args.epymarl = (
-        folder and str(Path(folder).expanduser().resolve()) for folder in (args.cleanrl, args.epymarl)
+    args.cleanrl, args.epymarl, args.dreamer = (
+        folder and str(Path(folder).expanduser().resolve()) for folder in (args.cleanrl, args.epymarl, args.dreamer)
     )
     chosen = [name for name in COMPARISONS if not args.names or name.startswith(tuple(args.names))]
     if args.measure:
         functions = {
-            "ours": lambda c: measure_ours(c),
+            "ours": lambda c: measure_our_update(c) if c.dreamer else measure_ours(c),
             "CleanRL": lambda c: measure_cleanrl(c, args.cleanrl),
             "SB3": lambda c: measure_sb3(c),
             "EPyMARL": lambda c: measure_epymarl(c, args.epymarl),
+            "dreamerv3-torch": lambda c: measure_dreamer(c, args.dreamer),
         }
         with contextlib.redirect_stdout(io.StringIO()):
             with contextlib.suppress(ImportError):

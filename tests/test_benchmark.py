@@ -765,3 +765,34 @@ def test_speed_measures_a_script_in_a_process_of_its_own(monkeypatch, tmp_path):
         env=os.environ,
     )
     assert process.returncode == 1 and "no comparison" in process.stderr
+
+
+@pytest.mark.parametrize("name", [name for name, comparison in speed.COMPARISONS.items() if comparison.dreamer])
+def test_speed_gives_dreamerv3_torch_our_widths_and_batches(name):
+    comparison, module = speed.COMPARISONS[name], load("algos/dreamerv3.py")
+    args, theirs = module.Args(**comparison.args), comparison.dreamer
+    deter, units, latent = module.widths(args.size)
+    assert (theirs["dyn_deter"], module.GROUPS * theirs["dyn_discrete"]) == (deter, latent)
+    assert theirs["units"] == theirs["dyn_hidden"] == theirs["encoder"]["mlp_units"] == units
+    assert theirs["decoder"]["mlp_units"] == units
+    assert theirs["batch_length"] == args.batch_length
+    assert (args.batch_size, args.horizon, module.GROUPS, module.BINS) == (16, 15, 32, 255)  # which are its defaults
+    assert speed.contenders(comparison, speed.Args(dreamer="a folder")) == ["ours", "dreamerv3-torch"]
+    assert speed.contenders(comparison, speed.Args()) == ["ours"]
+
+
+def test_speed_measures_updates_after_the_first(monkeypatch):
+    clock, updates = iter([100.0, 130.0]), []
+    monkeypatch.setattr(speed.time, "process_time", lambda: updates.append("clock") or next(clock))
+    assert speed.seconds_of(lambda: updates.append("update"), 2) == 30
+    assert updates == ["update", "clock", "update", "update", "clock"]
+
+
+def test_speed_measures_our_update_alone():
+    short = speed.Comparison("algos/dreamerv3.py", 1, dict(size=1, batch_size=2, batch_length=3, horizon=1))
+    assert 0 < speed.measure_our_update(short) < 10
+    batch = speed.dreamer_batch(2, 3)
+    assert {name: tuple(part.shape) for name, part in batch.items()} == dict(
+        x=(3, 2, 4), a=(3, 2, 2), r=(3, 2), first=(3, 2), term=(3, 2)
+    )
+    assert (batch["a"].sum(dim=-1) == 1).all()
