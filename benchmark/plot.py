@@ -258,10 +258,10 @@ def speed_rows() -> list[str]:
     except ValueError as error:
         raise ValueError(f"cannot read {path}: {error}") from None
     for name, found in measured.items():
-        peers = ", ".join(f"{peer} {found['median'][peer]:.0f}" for peer in found["ratio"])
+        speeds = {who: f"{speed:.{0 if speed >= 10 else 2}f}" for who, speed in found["median"].items()}
+        peers = ", ".join(f"{peer} {speeds[peer]}" for peer in found["ratio"])
         ratios = ", ".join(f"{ratio:.2f} × {peer}" for peer, ratio in found["ratio"].items())
-        ours = found["median"]["ours"]
-        rows.append(f"| {name} | {ours:.{0 if ours >= 10 else 2}f} | {peers} | {ratios} |\n")
+        rows.append(f"| {name} | {speeds['ours']} | {peers} | {ratios} |\n")
     return rows
 
 

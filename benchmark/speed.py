@@ -486,7 +486,8 @@ def main(args: Args):
     results = json.loads(path.read_text()) if path.exists() else {}
     for name in chosen:
         results[name] = compare(name, args) | {"machine": platform.processor() or platform.machine()}
-        path.write_text(json.dumps(results, indent=1) + "\n")
+        in_order = {name: results[name] for name in COMPARISONS if name in results}
+        path.write_text(json.dumps(in_order, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -725,11 +725,10 @@ def test_speed_is_a_table(folders):
     (folders / "results").mkdir()
     found = {
         "td3": {"median": {"ours": 231.4, "SB3": 100.0}, "ratio": {"SB3": 2.314}},
-        "x": {"median": {"ours": 0.0664}},
+        "x": {"median": {"ours": 0.0664, "y": 0.02}, "ratio": {"y": 3.32}},
     }
-    found["x"]["ratio"] = {}
     (folders / "results" / "speed.json").write_text(json.dumps(found))
-    assert plot.speed_rows() == ["| td3 | 231 | SB3 100 | 2.31 × SB3 |\n", "| x | 0.07 |  |  |\n"]
+    assert plot.speed_rows() == ["| td3 | 231 | SB3 100 | 2.31 × SB3 |\n", "| x | 0.07 | y 0.02 | 3.32 × y |\n"]
     (folders / "results" / "speed.json").write_text("{")
     with pytest.raises(ValueError, match="speed.json"):
         plot.speed_rows()
