@@ -25,7 +25,8 @@ such weights make no difference. Where actions are vectors, g is a normal distri
 log-likelihood. `diff algos/ppo.py algos/icm.py` shows what is added to PPO.
 
 Result  MountainCar-v0 by the command above: -113 (-116 to -112, 5 seeds). DeepSea-v0
-        is not solved reliably: see benchmark/RESULTS.md, also for PPO without the bonus
+        with its 10 rows: solved after 500 episodes in 4 of 5 seeds, while random actions need 1024; with 20 rows in 3
+        of 3. See benchmark/RESULTS.md, also for PPO without the bonus
 """
 
 import contextlib
