@@ -35,7 +35,7 @@ copies of the environment run in parallel, and `updates` updates follow each of 
 terminal state: line 12 still bootstraps. The death of an agent ends its own episode, even if the reward is the team's;
 a dead agent has weight 0 in line 13.
 
-Result  simple_spread by the command above: to be measured. The two-step game, with the settings of its task in
+Result  simple_spread by the command above: -15.8 (one seed). The two-step game, with the settings of its task in
         benchmark/tasks.py: 7 in 5 of 5 seeds, where independent agents end; 8 is the optimum
 """
 
