@@ -1068,7 +1068,7 @@ TASKS = [  # the first task of a script is the one that README shows
         "Mahajan et al. (2019): QMIX ends at 10; 13 is the optimum",
         seeds=5,
         unit="per team",
-        note="The settings are those of maven's task of the same name.",
+        note="The settings are those that it shares with maven's task of the same name.",
     ),
     Task(
         "qmix__simple_speaker_listener",
