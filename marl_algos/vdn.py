@@ -36,8 +36,8 @@ Adam is annealed linearly to 0, and γ = 0.9. Several copies of the environment 
 follow each of their episodes. The team's reward is the mean or the sum of the agents' rewards. The Q_i of dead agents
 enter the sum as 0. A time limit is not a terminal state: line 14 still bootstraps.
 
-Result  simple_spread by the command above: -12.8 (-13.4 to -12.4, 3 seeds). The two-step game, with the settings of its task in
-        benchmark/tasks.py: 7 in 5 of 5 seeds, to which the sum's least-squares fit leads; 8 is the optimum
+Result  simple_spread by the command above: -12.8 (-13.4 to -12.4, 3 seeds). The two-step game, with the settings of its
+        task in benchmark/tasks.py: 7 in 5 of 5 seeds, to which the sum's least-squares fit leads; 8 is the optimum
 """
 
 import contextlib
