@@ -234,7 +234,8 @@ COLUMNS = ["task", "threshold", "where the threshold comes from", "result", "see
 SPEED_HEAD = """## Speed
 
 Steps per CPU-second on the same work with the same settings, one thread, medians of several rounds in turn, by
-`python benchmark/speed.py`. The ratios count; the numbers depend on the machine. With "updates only", a step is one.
+`python benchmark/speed.py`. The ratios count; the numbers depend on the machine.
+In the rows with "updates only", a step is an update.
 
 | work | ours | peers | ratio |
 |---|--:|---|---|
