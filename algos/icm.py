@@ -18,15 +18,16 @@ Run     python algos/icm.py --env-id MountainCar-v0
 
 Beyond the pseudo-code: PPO, whose lines are in ppo.py, takes the place of A3C. φ sees normalised observations, clipped
 to [-5, 5], and r_int is divided by the standard deviation of its discounted sums so far, as in rnd.py: else it soon
-vanishes; φ and f start with orthogonal weights, scaled by √2: with smaller ones the error in new
-states is hardly larger than in others. As in the paper, φ learns from L_I and from L_F, through both states of a transition, and shares nothing with
-π and V. The paper minimises λ times the loss of π plus line 7; here line 7 has an optimiser of its own, for which
-such weights make no difference. Where actions are vectors, g is a normal distribution and L_I its negative
+vanishes; φ and f start with orthogonal weights, scaled by √2: with smaller ones the error in new states is hardly
+larger than in others. As in the paper, φ learns from L_I and from L_F, through both states of a transition, and shares
+nothing with π and V. The paper minimises λ times the loss of π plus line 7; here line 7 has an optimiser of its own,
+for which such weights make no difference. Where actions are vectors, g is a normal distribution and L_I its negative
 log-likelihood. `diff algos/ppo.py algos/icm.py` shows what is added to PPO.
 
 Result  MountainCar-v0 by the command above: -113 (-114 to -113, 5 seeds). DeepSea-v0,
         with the settings of its tasks in benchmark/tasks.py: solved within 500 episodes in 4 of 5 seeds with 10 rows,
-        where random actions need 1024, and in 3 of 3 with 20 rows. See benchmark/RESULTS.md, also for PPO without the bonus
+        where random actions need 1024, and in 3 of 3 with 20 rows. See benchmark/RESULTS.md,
+        also for PPO without the bonus
 """
 
 import contextlib
