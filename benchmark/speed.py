@@ -30,6 +30,7 @@ import types
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,6 +58,8 @@ class Comparison:
     """a comparison whose script is a contender, too, with its own settings"""
     skip: int = 0
     """its first steps that are not measured, those before its first update for instance"""
+    device: str = "cpu"
+    """cuda for updates on a GPU, in seconds of the clock on the wall; left out if there is none"""
 
 
 HALF_CHEETAH = dict(learning_rate=3e-4, batch_size=256, learning_starts=1_000, policy_kwargs={"net_arch": [256, 256]})
@@ -206,6 +209,28 @@ COMPARISONS = {
     "dreamerv3 CartPole-v1, 12 million parameters, updates only": Comparison(
         "algos/dreamerv3.py", 2, dict(size=16, batch_length=64), dreamer=dreamer_torch(16, 64)
     ),
+    "dreamerv3 CartPole-v1, updates only, on a GPU": Comparison(
+        "algos/dreamerv3.py", 100, {}, dreamer=dreamer_torch(2), device="cuda"
+    ),
+    "dreamerv3 CartPole-v1, updates only, on a GPU, compiled": Comparison(
+        "algos/dreamerv3.py",
+        100,
+        {"compile": True},
+        dreamer=dreamer_torch(2),
+        device="cuda",
+        beside="dreamerv3 CartPole-v1, updates only, on a GPU",
+    ),
+    "dreamerv3 CartPole-v1, 12 million parameters, updates only, on a GPU": Comparison(
+        "algos/dreamerv3.py", 100, dict(size=16, batch_length=64), dreamer=dreamer_torch(16, 64), device="cuda"
+    ),
+    "dreamerv3 CartPole-v1, 12 million parameters, updates only, on a GPU, compiled": Comparison(
+        "algos/dreamerv3.py",
+        100,
+        dict(size=16, batch_length=64, compile=True),
+        dreamer=dreamer_torch(16, 64),
+        device="cuda",
+        beside="dreamerv3 CartPole-v1, 12 million parameters, updates only, on a GPU",
+    ),
     "q_learning CliffWalking-v1": Comparison("algos/q_learning.py", 50_000, {}),
     "qmix simple_spread_v3, GRU": Comparison("marl_algos/qmix.py", 5_000, dict(updates=1), epymarl="qmix use_rnn=True"),
     "qmix simple_spread_v3, feed-forward": Comparison(
@@ -289,7 +314,6 @@ def measure_ours(comparison: Comparison, folder: Path = Path("run")) -> float:
 def measure_cleanrl(comparison: Comparison, checkout: str) -> float:
     """CPU seconds of CleanRL's script, which uses gymnasium 0.29: final observations get their old name."""
     import gymnasium as gym
-    import torch
     from torch.utils.tensorboard import SummaryWriter  # noqa: F401  (imported before the clock starts)
 
     class OldVectorEnv(gym.vector.SyncVectorEnv):
@@ -314,7 +338,6 @@ def measure_cleanrl(comparison: Comparison, checkout: str) -> float:
 
 def measure_sb3(comparison: Comparison) -> float:
     """CPU seconds of Stable-Baselines3, its environments and networks made too, as in `train`."""
-    import torch
     from stable_baselines3.common.env_util import make_vec_env
     from stable_baselines3.common.vec_env import VecNormalize
 
@@ -358,55 +381,63 @@ def measure_epymarl(comparison: Comparison, checkout: str) -> float:
 
 def dreamer_batch(batch_size: int, length: int) -> dict:
     """Random steps x, a, r, first and term (length, batch_size, ...) of the shapes and kinds of CartPole-v1's."""
-    import torch
-
     shape = (length, batch_size)
     x, a, r = torch.randn(*shape, 4), torch.eye(2)[torch.randint(2, shape)], torch.ones(shape)
     first, term = ((torch.rand(shape) < 0.01).float() for _ in range(2))
     return dict(x=x, a=a, r=r, first=first, term=term)
 
 
-def seconds_of(update, count: int) -> float:
-    """CPU seconds of so many updates, after one that is not measured."""
-    update()
-    start = time.process_time()
+def clock(device: str) -> float:
+    """CPU seconds of this process; for a GPU the seconds of the clock on the wall, once it has done all its work."""
+    if device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def seconds_of(update, count: int, device: str) -> float:
+    """Seconds of so many updates, after some that are not measured: on a GPU the compiled ones are recorded in them."""
+    for _ in range(1 if device == "cpu" else 5):
+        update()
+    start = clock(device)
     for _ in range(count):
         update()
-    return time.process_time() - start
+    return clock(device) - start
 
 
 def measure_our_update(comparison: Comparison) -> float:
-    """CPU seconds of DreamerV3's updates on a random batch, without the environment, the replay buffer and the log."""
+    """Seconds of DreamerV3's updates on a random batch, without the environment, the replay buffer and the log."""
     import gymnasium as gym
-    import torch
 
     module = load(comparison.script)
     args = module.Args(**comparison.args)
     torch.set_num_threads(1)
-    agent = module.Dreamer((4,), gym.spaces.Discrete(2), args, torch.device("cpu"))
+    agent = module.Dreamer((4,), gym.spaces.Discrete(2), args, torch.device(comparison.device))
+    if args.compile:
+        agent.loss = torch.compile(agent.loss, mode="reduce-overhead")
     batch = dreamer_batch(args.batch_size, args.batch_length)
     batch["s"] = torch.randn(args.batch_size, agent.model.state_dim)
-    return seconds_of(lambda: agent.update(batch), comparison.steps)
+    batch = {name: part.to(comparison.device) for name, part in batch.items()}
+    return seconds_of(lambda: agent.update(batch), comparison.steps, comparison.device)
 
 
 def measure_dreamer(comparison: Comparison, checkout: str) -> float:
-    """CPU seconds of dreamerv3-torch's updates of world model and behaviour on a random batch, as in its Dreamer."""
-    import torch
+    """Seconds of dreamerv3-torch's updates of world model and behaviour on a random batch, as in its Dreamer."""
     from ruamel.yaml import YAML
 
     torch.set_num_threads(1)
     sys.path.insert(0, checkout)
     models = importlib.import_module("models")
     models.networks.MLP.__init__.__defaults__ = tuple(  # its networks for vectors are for a GPU
-        "cpu" if default == "cuda" else default for default in models.networks.MLP.__init__.__defaults__
+        comparison.device if default == "cuda" else default for default in models.networks.MLP.__init__.__defaults__
     )
     settings = YAML(typ="safe", pure=True).load(Path(checkout) / "configs.yaml")["defaults"]
     for name, value in comparison.dreamer.items():
         settings[name] = settings[name] | value if isinstance(value, dict) else value
-    config = types.SimpleNamespace(**settings | dict(device="cpu", num_actions=2))
+    config = types.SimpleNamespace(**settings | dict(device=comparison.device, num_actions=2))
     space = types.SimpleNamespace(spaces={"x": types.SimpleNamespace(shape=(4,))})
-    model = models.WorldModel(space, None, 0, config).requires_grad_(False)
-    behavior = models.ImagBehavior(config, model).requires_grad_(False)
+    model = models.WorldModel(space, None, 0, config).requires_grad_(False).to(comparison.device)
+    behavior = models.ImagBehavior(config, model).requires_grad_(False).to(comparison.device)
     names = dict(x="x", a="action", r="reward", first="is_first", term="is_terminal")
     batch = dreamer_batch(config.batch_size, config.batch_length)
     batch = {names[name]: part.transpose(0, 1).numpy() for name, part in batch.items()}
@@ -417,7 +448,7 @@ def measure_dreamer(comparison: Comparison, checkout: str) -> float:
         states, _, _ = model._train(batch)
         behavior._train(states, lambda _, s, a: model.heads["reward"](model.dynamics.get_feat(s)).mode())
 
-    return seconds_of(update, comparison.steps)
+    return seconds_of(update, comparison.steps, comparison.device)
 
 
 def measure(name: str, contender: str, args: Args) -> float:
@@ -466,6 +497,7 @@ def main(args: Args):
         folder and str(Path(folder).expanduser().resolve()) for folder in (args.cleanrl, args.epymarl, args.dreamer)
     )
     chosen = [name for name in COMPARISONS if not args.names or name.startswith(tuple(args.names))]
+    chosen = [name for name in chosen if COMPARISONS[name].device == "cpu" or torch.cuda.is_available()]
     if args.measure:
         functions = {
             "ours": lambda c: measure_our_update(c) if c.dreamer else measure_ours(c),
@@ -481,11 +513,13 @@ def main(args: Args):
         print(seconds)
         return
     if not chosen:
-        sys.exit(f"error: no comparison begins with {' or '.join(args.names)}: {', '.join(COMPARISONS)}")
+        sys.exit(f"error: no comparison that can run here begins so; there are {', '.join(COMPARISONS)}")
     path = ROOT / "benchmark" / "results" / "speed.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     for name in chosen:
-        results[name] = compare(name, args) | {"machine": platform.processor() or platform.machine()}
+        on_gpu = COMPARISONS[name].device == "cuda"
+        machine = torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine()
+        results[name] = compare(name, args) | {"machine": machine}
         in_order = {name: results[name] for name in COMPARISONS if name in results}
         path.write_text(json.dumps(in_order, indent=1) + "\n")
 

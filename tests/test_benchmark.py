@@ -783,7 +783,7 @@ def test_speed_gives_dreamerv3_torch_our_widths_and_batches(name):
 def test_speed_measures_updates_after_the_first(monkeypatch):
     clock, updates = iter([100.0, 130.0]), []
     monkeypatch.setattr(speed.time, "process_time", lambda: updates.append("clock") or next(clock))
-    assert speed.seconds_of(lambda: updates.append("update"), 2) == 30
+    assert speed.seconds_of(lambda: updates.append("update"), 2, "cpu") == 30
     assert updates == ["update", "clock", "update", "update", "clock"]
 
 
