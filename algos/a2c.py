@@ -151,24 +151,22 @@ class RMSProp(torch.optim.Optimizer):
 
     def __init__(self, parameters, lr: float, alpha: float = 0.99, eps: float = 1e-5):
         parameters = list(parameters)
-        vector = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
-        vector.grad = torch.zeros_like(vector)
-        nn.utils.vector_to_parameters(vector, parameters)
-        for parameter, gradient in zip(parameters, vector.grad.split([p.numel() for p in parameters])):
+        self.vector = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
+        self.vector.grad = torch.zeros_like(self.vector)
+        nn.utils.vector_to_parameters(self.vector, parameters)
+        for parameter, gradient in zip(parameters, self.vector.grad.split([p.numel() for p in parameters])):
             parameter.grad = gradient.view_as(parameter)
-        super().__init__([vector], dict(lr=lr, alpha=alpha, eps=eps))
-        self.state[vector]["g"] = torch.ones_like(vector)
+        super().__init__([self.vector], dict(lr=lr, alpha=alpha, eps=eps))
+        self.state[self.vector]["g"] = torch.ones_like(self.vector)
 
     def zero_grad(self, set_to_none: bool = False):
-        self.param_groups[0]["params"][0].grad.zero_()  # the gradients stay views
+        self.vector.grad.zero_()  # the gradients stay views
 
     @torch.no_grad()
     def step(self):
-        (group,) = self.param_groups
-        (vector,) = group["params"]
-        g = self.state[vector]["g"]
-        g.lerp_(vector.grad.square(), 1 - group["alpha"])  # line 8
-        vector.addcdiv_(vector.grad, (g + group["eps"]).sqrt(), value=-group["lr"])
+        (group,), g = self.param_groups, self.state[self.vector]["g"]
+        g.lerp_(self.vector.grad.square(), 1 - group["alpha"])  # line 8
+        self.vector.addcdiv_(self.vector.grad, (g + group["eps"]).sqrt(), value=-group["lr"])
 
 
 class A2C:
@@ -218,7 +216,7 @@ class A2C:
         loss, parts = self.loss(**batch)
         self.optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], self.args.max_grad_norm)
+        nn.utils.clip_grad_norm_(self.optimizer.vector, self.args.max_grad_norm)
         self.optimizer.step()  # line 8
         parts = parts.clone()  # a CUDA graph reuses its outputs
         return dict(zip(("losses/policy", "losses/value", "charts/entropy"), parts))

@@ -205,15 +205,14 @@ class PPO:
         loss = policy_loss + self.args.value_coef * value_loss - self.args.entropy_coef * entropy
         return loss, torch.stack([policy_loss, value_loss, entropy]).detach()
 
-    def update(self, minibatch: dict) -> dict:
-        """A step of Adam on a minibatch."""
+    def update(self, minibatch: dict):
+        """Take a step of Adam on a minibatch, and return the parts of its loss."""
         loss, parts = self.loss(**minibatch)
         self.optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], self.args.max_grad_norm)
+        nn.utils.clip_grad_norm_(self.optimizer.vector, self.args.max_grad_norm)
         self.optimizer.step()  # lines 6, 7
-        parts = parts.clone()  # a CUDA graph reuses its outputs
-        return dict(zip(("losses/policy", "losses/value", "charts/entropy"), parts))
+        return parts.clone()  # a CUDA graph reuses its outputs
 
     @torch.no_grad()
     def diagnostics(self, batch: dict) -> dict:
@@ -261,11 +260,14 @@ def train(args: Args) -> dict:
             batch = agent.targets(rollout)  # lines 4, 5
             fraction = run.step / args.total_timesteps if args.anneal else 0.0
             agent.optimizer.param_groups[0]["lr"] = linear(args.learning_rate, 0.0, fraction)
+            parts = []
             for _ in range(args.update_epochs):
                 order = torch.randperm(batch_size, device=device)
                 shuffled = {name: x[order].chunk(args.num_minibatches) for name, x in batch.items()}
                 for minibatch in zip(*shuffled.values()):
-                    run.log(agent.update(dict(zip(shuffled, minibatch))))  # lines 6, 7
+                    parts.append(agent.update(dict(zip(shuffled, minibatch))))  # lines 6, 7
+            names = "losses/policy", "losses/value", "charts/entropy"
+            run.log(dict(zip(names, torch.stack(parts).mean(dim=0))))
             run.log(agent.diagnostics(batch))
             run.advance(batch_size)
             run.evaluate_and_save(evaluation)
@@ -310,15 +312,15 @@ class FlatAdam(torch.optim.Adam):
 
     def __init__(self, parameters, **options):
         parameters = list(parameters)
-        vector = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
-        vector.grad = torch.zeros_like(vector)
-        nn.utils.vector_to_parameters(vector, parameters)
-        for parameter, gradient in zip(parameters, vector.grad.split([p.numel() for p in parameters])):
+        self.vector = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
+        self.vector.grad = torch.zeros_like(self.vector)
+        nn.utils.vector_to_parameters(self.vector, parameters)
+        for parameter, gradient in zip(parameters, self.vector.grad.split([p.numel() for p in parameters])):
             parameter.grad = gradient.view_as(parameter)
-        super().__init__([vector], fused=True, **options)
+        super().__init__([self.vector], fused=True, **options)
 
     def zero_grad(self, set_to_none: bool = False):
-        self.param_groups[0]["params"][0].grad.zero_()  # the gradients stay views
+        self.vector.grad.zero_()  # the gradients stay views
 
 
 def linear(start: float, end: float, fraction: float) -> float:

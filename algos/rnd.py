@@ -247,17 +247,16 @@ class RND:
         loss = policy_loss + self.args.value_coef * value_loss - self.args.entropy_coef * entropy + predictor_loss
         return loss, torch.stack([policy_loss, value_loss, predictor_loss, entropy]).detach()
 
-    def update(self, minibatch: dict) -> dict:
-        """A step of both optimisers on a minibatch; they share no parameter."""
+    def update(self, minibatch: dict):
+        """Take a step of both optimisers, which share no parameter, and return the parts of the minibatch's loss."""
         loss, parts = self.loss(**minibatch)
         self.optimizer.zero_grad()
         self.predictor_optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], self.args.max_grad_norm)
+        nn.utils.clip_grad_norm_(self.optimizer.vector, self.args.max_grad_norm)
         self.optimizer.step()  # line 10
         self.predictor_optimizer.step()  # line 10
-        parts = parts.clone()  # a CUDA graph reuses its outputs
-        return dict(zip(("losses/policy", "losses/value", "losses/predictor", "charts/entropy"), parts))
+        return parts.clone()  # a CUDA graph reuses its outputs
 
     @torch.no_grad()
     def diagnostics(self, batch: dict) -> dict:
@@ -313,11 +312,14 @@ def train(args: Args) -> dict:
             batch = agent.targets(rollout)  # lines 5-9
             fraction = run.step / args.total_timesteps if args.anneal else 0.0
             agent.optimizer.param_groups[0]["lr"] = linear(args.learning_rate, 0.0, fraction)
+            parts = []
             for _ in range(args.update_epochs):
                 order = torch.randperm(batch_size, device=device)
                 shuffled = {name: x[order].chunk(args.num_minibatches) for name, x in batch.items()}
                 for minibatch in zip(*shuffled.values()):
-                    run.log(agent.update(dict(zip(shuffled, minibatch))))  # line 10
+                    parts.append(agent.update(dict(zip(shuffled, minibatch))))  # line 10
+            names = "losses/policy", "losses/value", "losses/predictor", "charts/entropy"
+            run.log(dict(zip(names, torch.stack(parts).mean(dim=0))))
             run.log(agent.diagnostics(batch))
             run.advance(batch_size)
             run.evaluate_and_save(evaluation)
@@ -362,15 +364,15 @@ class FlatAdam(torch.optim.Adam):
 
     def __init__(self, parameters, **options):
         parameters = list(parameters)
-        vector = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
-        vector.grad = torch.zeros_like(vector)
-        nn.utils.vector_to_parameters(vector, parameters)
-        for parameter, gradient in zip(parameters, vector.grad.split([p.numel() for p in parameters])):
+        self.vector = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
+        self.vector.grad = torch.zeros_like(self.vector)
+        nn.utils.vector_to_parameters(self.vector, parameters)
+        for parameter, gradient in zip(parameters, self.vector.grad.split([p.numel() for p in parameters])):
             parameter.grad = gradient.view_as(parameter)
-        super().__init__([vector], fused=True, **options)
+        super().__init__([self.vector], fused=True, **options)
 
     def zero_grad(self, set_to_none: bool = False):
-        self.param_groups[0]["params"][0].grad.zero_()  # the gradients stay views
+        self.vector.grad.zero_()  # the gradients stay views
 
 
 def linear(start: float, end: float, fraction: float) -> float:

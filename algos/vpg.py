@@ -294,15 +294,15 @@ class FlatAdam(torch.optim.Adam):
 
     def __init__(self, parameters, **options):
         parameters = list(parameters)
-        vector = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
-        vector.grad = torch.zeros_like(vector)
-        nn.utils.vector_to_parameters(vector, parameters)
-        for parameter, gradient in zip(parameters, vector.grad.split([p.numel() for p in parameters])):
+        self.vector = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
+        self.vector.grad = torch.zeros_like(self.vector)
+        nn.utils.vector_to_parameters(self.vector, parameters)
+        for parameter, gradient in zip(parameters, self.vector.grad.split([p.numel() for p in parameters])):
             parameter.grad = gradient.view_as(parameter)
-        super().__init__([vector], fused=True, **options)
+        super().__init__([self.vector], fused=True, **options)
 
     def zero_grad(self, set_to_none: bool = False):
-        self.param_groups[0]["params"][0].grad.zero_()  # the gradients stay views
+        self.vector.grad.zero_()  # the gradients stay views
 
 
 def linear(start: float, end: float, fraction: float) -> float:

@@ -280,14 +280,14 @@ def test_line_8_steps_of_rmsprop_by_hand():
         names = ("losses/policy", "losses/value", "charts/entropy")
         assert list(mine) == list(names) and not any(x.requires_grad for x in mine.values())
         torch.testing.assert_close(torch.stack([mine[name] for name in names]), parts)
-    (vector,) = agent.optimizer.param_groups[0]["params"]
+    vector = agent.optimizer.vector
     torch.testing.assert_close(agent.optimizer.state[vector]["g"], torch.cat([x.flatten() for x in g]))
 
 
 def test_line_8_epsilon_lies_inside_the_root():
     theta = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
     optimizer = a2c.RMSProp([theta], lr=0.1, alpha=0.5, eps=0.04)
-    optimizer.state[optimizer.param_groups[0]["params"][0]]["g"].zero_()
+    optimizer.state[optimizer.vector]["g"].zero_()
     (theta * torch.tensor([1.0, 0.0])).sum().backward()
     optimizer.step()
     torch.testing.assert_close(theta.detach(), torch.tensor([1 - 0.1 / math.sqrt(0.54), 2.0]))

@@ -161,7 +161,7 @@ def test_flat_adam_is_adam_and_the_parameters_stay_views():
     flat = dqn.mlp(3, 8, 8, 2)
     net = copy.deepcopy(flat)
     one, reference = dqn.FlatAdam(flat.parameters(), lr=0.01), torch.optim.Adam(net.parameters(), lr=0.01)
-    (vector,) = one.param_groups[0]["params"]
+    vector = one.vector
     storage, gradients = vector.untyped_storage().data_ptr(), vector.grad.untyped_storage().data_ptr()
     for step in range(20):
         x = torch.randn(16, 3)

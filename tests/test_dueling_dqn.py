@@ -130,7 +130,7 @@ def test_line_2_the_target_is_a_copy_and_the_optimiser_has_every_parameter():
     for parameter, copied in zip(agent.q.parameters(), agent.q_targ.parameters(), strict=True):
         assert torch.equal(parameter, copied) and parameter.data_ptr() != copied.data_ptr()
         assert parameter.requires_grad and not copied.requires_grad
-    (vector,) = agent.optimizer.param_groups[0]["params"]
+    vector = agent.optimizer.vector
     assert vector.numel() == sum(parameter.numel() for parameter in agent.q.parameters())
 
 

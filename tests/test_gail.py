@@ -231,8 +231,7 @@ def test_line_g5_its_loss_and_step_are_those_of_ppo(space):
     batch = dict(s=s, a=a, old_log_prob=-torch.rand(8), advantage=torch.randn(8), r_to_go=torch.randn(8))
     for _ in range(3):
         told, expected = agent.update(batch), twin.update(batch)
-        assert told == expected
-        assert not any(value.requires_grad for value in told.values())
+        assert torch.equal(told, expected) and not told.requires_grad
     for got, same in zip(
         (*agent.policy.parameters(), *agent.value.parameters()), (*twin.policy.parameters(), *twin.value.parameters())
     ):
@@ -282,7 +281,7 @@ def test_lines_g3_to_g5_in_their_order_on_pairs_of_the_rollout_and_of_the_expert
         calls.append("G5")
         policy_rates.append(self.optimizer.param_groups[0]["lr"])
         assert set(minibatch) == {"s", "a", "old_log_prob", "advantage", "r_to_go"} and len(minibatch["s"]) == 16
-        return {}
+        return torch.tensor([1.0, 2.0, 3.0])
 
     rates, policy_rates, rollouts, targets = [], [], [], gail.GAIL.targets
 
@@ -301,6 +300,8 @@ def test_lines_g3_to_g5_in_their_order_on_pairs_of_the_rollout_and_of_the_expert
     assert calls == 3 * (3 * ["G4"] + ["reward"] + 4 * 2 * ["G5"]), "the reward is that of the new discriminator"
     assert rates == pytest.approx(3 * [0.6] + 3 * [0.4] + 3 * [0.2]), "annealed"
     assert policy_rates == pytest.approx(8 * [0.3] + 8 * [0.2] + 8 * [0.1])
+    logged, names = scalars(tmp_path / "run"), ("losses/policy", "losses/value", "charts/entropy")
+    assert [{value for _, value in logged[name]} for name in names] == [{1.0}, {2.0}, {3.0}]
     with np.load(expert) as file:
         pairs = {(*np.float32(s), float(a)) for s, a in zip(file["obs"][:12], file["action"][:12])}
     for i, (s, a, expert_s, expert_a, mean, var) in enumerate(given):

@@ -388,14 +388,14 @@ def test_P2_the_targets_bootstrap_at_time_limits_and_not_at_ends():
 
 def test_P2_an_update_is_a_clipped_step_of_adam():
     agent, norms, b = make_agent(max_grad_norm=0.01), [], make_minibatch()
-    vector = agent.optimizer.param_groups[0]["params"][0]
+    vector = agent.optimizer.vector
     agent.optimizer.step = lambda: norms.append(vector.grad.norm().item())
-    losses = agent.update(b)
+    expected = agent.loss(**b)[1]
+    assert torch.equal(agent.update(b), expected)
     first = vector.grad.clone()
     agent.update(b)
     torch.testing.assert_close(vector.grad, first, msg="gradients do not pile up")
     assert norms == [pytest.approx(0.01, rel=1e-3)] * 2
-    assert losses.keys() == {"losses/policy", "losses/value", "charts/entropy"}
 
 
 def test_act_explores_by_the_policy_and_evaluates_by_its_mode():
@@ -412,7 +412,7 @@ def test_act_explores_by_the_policy_and_evaluates_by_its_mode():
 def test_the_phases_follow_each_other(tmp_path, monkeypatch):
     """The demonstration is the best trajectory of phase 1, and each rollout moves the start at most once."""
     explored, moved, learned = [], [], []
-    explore, move, update = ge.Archive.explore, ge.Demonstration.move_start, ge.PPO.update
+    explore, move, parts = ge.Archive.explore, ge.Demonstration.move_start, torch.tensor([1.0, 2.0, 3.0])
 
     def move_start(self):
         self.outcomes = [True]
@@ -421,7 +421,7 @@ def test_the_phases_follow_each_other(tmp_path, monkeypatch):
 
     monkeypatch.setattr(ge.Archive, "explore", lambda self: explored.append(explore(self)) or explored[-1])
     monkeypatch.setattr(ge.Demonstration, "move_start", move_start)
-    monkeypatch.setattr(ge.PPO, "update", lambda self, batch: learned.append(len(batch["s"])) or update(self, batch))
+    monkeypatch.setattr(ge.PPO, "update", lambda self, batch: learned.append(len(batch["s"])) or parts)
     result = train(tmp_path, env_kwargs='{"size": 4}', total_timesteps=400)
     steps = sum(n for n, _ in explored)
     assert 200 <= steps < 204 and result["steps"] == steps + 7 * 32
@@ -431,6 +431,8 @@ def test_the_phases_follow_each_other(tmp_path, monkeypatch):
     logged = scalars(tmp_path)
     assert logged["charts/cells"][-1][1] == 14 and logged["charts/best_score"][-1][1] == pytest.approx(0.99)
     assert [value for _, value in logged["charts/start"]] == moved
+    names = ("losses/policy", "losses/value", "charts/entropy")
+    assert [{value for _, value in logged[name]} for name in names] == [{1.0}, {2.0}, {3.0}]
     assert logged["charts/episodic_length"][0][1] == 4 and logged["losses/policy"][0][0] > steps
 
 
