@@ -305,8 +305,7 @@ def make_expert(args, env: gym.Env):
         def expert(obs: np.ndarray):
             x = torch.as_tensor(obs, dtype=torch.float32)
             if moments:
-                mean, std = moments["mean"].float(), moments["var"].clamp(min=1e-8).sqrt().float()
-                x = ((x - mean) / std).clamp(-10, 10)
+                x = ((x - moments["mean"]) / moments["std"]).float().clamp(-10, 10)
             for weight, bias in layers[:-1]:
                 x = activation(F.linear(x, weight, bias))
             x = F.linear(x, *layers[-1])

@@ -335,17 +335,18 @@ class RunningMoments(nn.Module):
         super().__init__()
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
         self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
-        self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
+        self.register_buffer("std", torch.ones(shape, dtype=torch.float64))
 
     def update(self, rows):
         rows, old_mean, count = rows.double(), self.mean.clone(), self.count + len(rows)
         self.mean += (rows.mean(dim=0) - self.mean) * len(rows) / count
-        squares = self.count * (self.var + (old_mean - self.mean).square()) + (rows - self.mean).square().sum(dim=0)
-        self.var.copy_(squares / count)
+        squares = self.count * (self.std.square() + (old_mean - self.mean).square())
+        squares += (rows - self.mean).square().sum(dim=0)
+        self.std.copy_((squares / count).clamp(min=1e-8).sqrt())
         self.count.copy_(count)
 
     def forward(self, rows):
-        return (rows - self.mean.float()) / self.var.clamp(min=1e-8).sqrt().float()
+        return ((rows - self.mean) / self.std).float()
 
 
 class RewardScale(RunningMoments):
@@ -361,7 +362,7 @@ class RewardScale(RunningMoments):
             returns[t] = r[t] + self.gamma * self.returns
             self.returns = returns[t] * (1 - done[t])
         self.update(returns.flatten())
-        return (r / self.var.clamp(min=1e-8).sqrt().float()).clamp(-10, 10)
+        return (r / self.std.float()).clamp(-10, 10)
 
 
 class Rollout:
@@ -404,8 +405,8 @@ def to_env(a, space: gym.Space) -> np.ndarray:
 
 
 def make_envs(make, num_envs: int) -> gym.vector.VectorEnv:
-    """Parallel environments made by `make`, each reset within the step that ends its episode."""
-    return gym.vector.SyncVectorEnv([make] * num_envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+    """Parallel environments that reset within the step that ends an episode, and reuse the array of observations."""
+    return gym.vector.SyncVectorEnv([make] * num_envs, copy=False, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
 
 
 class Episodes(gym.Wrapper):

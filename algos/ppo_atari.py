@@ -411,8 +411,8 @@ def to_env(a, space: gym.Space) -> np.ndarray:
 
 
 def make_envs(make, num_envs: int) -> gym.vector.VectorEnv:
-    """Parallel environments made by `make`, each reset within the step that ends its episode."""
-    return gym.vector.SyncVectorEnv([make] * num_envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+    """Parallel environments that reset within the step that ends an episode, and reuse the array of observations."""
+    return gym.vector.SyncVectorEnv([make] * num_envs, copy=False, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
 
 
 def make_image_envs(args, num_envs: int) -> gym.vector.VectorEnv:

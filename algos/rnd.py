@@ -213,7 +213,7 @@ class RND:
         for t in range(len(i)):
             returns[t] = self.int_return = i[t] + self.args.gamma_int * self.int_return
         self.int_moments.update(returns.flatten())  # line 5
-        return i / self.int_moments.var.clamp(min=1e-8).sqrt().float()  # line 6
+        return i / self.int_moments.std.float()  # line 6
 
     @torch.no_grad()
     def targets(self, rollout) -> dict:
@@ -387,17 +387,18 @@ class RunningMoments(nn.Module):
         super().__init__()
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
         self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
-        self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
+        self.register_buffer("std", torch.ones(shape, dtype=torch.float64))
 
     def update(self, rows):
         rows, old_mean, count = rows.double(), self.mean.clone(), self.count + len(rows)
         self.mean += (rows.mean(dim=0) - self.mean) * len(rows) / count
-        squares = self.count * (self.var + (old_mean - self.mean).square()) + (rows - self.mean).square().sum(dim=0)
-        self.var.copy_(squares / count)
+        squares = self.count * (self.std.square() + (old_mean - self.mean).square())
+        squares += (rows - self.mean).square().sum(dim=0)
+        self.std.copy_((squares / count).clamp(min=1e-8).sqrt())
         self.count.copy_(count)
 
     def forward(self, rows):
-        return (rows - self.mean.float()) / self.var.clamp(min=1e-8).sqrt().float()
+        return ((rows - self.mean) / self.std).float()
 
 
 class Rollout:
@@ -454,8 +455,8 @@ def to_env(a, space: gym.Space) -> np.ndarray:
 
 
 def make_envs(make, num_envs: int) -> gym.vector.VectorEnv:
-    """Parallel environments made by `make`, each reset within the step that ends its episode."""
-    return gym.vector.SyncVectorEnv([make] * num_envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+    """Parallel environments that reset within the step that ends an episode, and reuse the array of observations."""
+    return gym.vector.SyncVectorEnv([make] * num_envs, copy=False, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
 
 
 class Episodes(gym.Wrapper):

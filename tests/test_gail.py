@@ -210,7 +210,7 @@ def test_policy_value_and_discriminator_see_the_same_normalised_observations():
         hook = lambda _, x, name=name: seen.update({name: x[0].clone()})  # noqa: E731
         getattr(agent, name).register_forward_pre_hook(hook)
     obs, zero = 100 * torch.randn(4, 2, 3), torch.zeros(3, 2)
-    expected = ((obs - agent.obs_moments.mean.float()) / agent.obs_moments.var.sqrt().float()).clamp(-10, 10)
+    expected = ((obs - agent.obs_moments.mean.float()) / agent.obs_moments.std.float()).clamp(-10, 10)
     mean = agent.obs_moments.mean.clone()
     batch = agent.targets(make_rollout(obs, zero, zero, a=torch.zeros(3, 2, 1, dtype=torch.long)))
     rows = expected[:-1].flatten(0, 1)
@@ -274,7 +274,7 @@ def test_lines_g3_to_g5_in_their_order_on_pairs_of_the_rollout_and_of_the_expert
     def update_discriminator(self, s, a, expert_s, expert_a):
         calls.append("G4")
         rates.append(self.discriminator_optimizer.param_groups[0]["lr"])
-        given.append((s, a.clone(), expert_s, expert_a, self.obs_moments.mean.clone(), self.obs_moments.var.clone()))
+        given.append((s, a.clone(), expert_s, expert_a, self.obs_moments.mean.clone(), self.obs_moments.std.clone()))
         return {}
 
     def update(self, minibatch):
@@ -304,9 +304,9 @@ def test_lines_g3_to_g5_in_their_order_on_pairs_of_the_rollout_and_of_the_expert
     assert [{value for _, value in logged[name]} for name in names] == [{1.0}, {2.0}, {3.0}]
     with np.load(expert) as file:
         pairs = {(*np.float32(s), float(a)) for s, a in zip(file["obs"][:12], file["action"][:12])}
-    for i, (s, a, expert_s, expert_a, mean, var) in enumerate(given):
+    for i, (s, a, expert_s, expert_a, mean, std) in enumerate(given):
         assert torch.equal(s, rollouts[i // 3][0]) and torch.equal(a, rollouts[i // 3][1]), "all pairs of the rollout"
-        raw = expert_s * var.sqrt().float() + mean.float()
+        raw = expert_s * std.float() + mean.float()
         assert len(expert_s) == len(s) == 32 and (raw.abs() < 8).all()
         for row, action in zip(raw.tolist(), expert_a[:, 0].tolist()):
             near = min(math.dist(row, pair[:3]) + abs(action - pair[3]) for pair in pairs)

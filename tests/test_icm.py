@@ -87,7 +87,7 @@ def train(folder, **settings):
 
 def phi_of(agent, s):
     """φ at clipped normalised observations, in float64 numpy."""
-    x = np.clip((s.numpy() - agent.obs_moments.mean.numpy()) / np.sqrt(agent.obs_moments.var.numpy()), -5, 5)
+    x = np.clip((s.numpy() - agent.obs_moments.mean.numpy()) / agent.obs_moments.std.numpy(), -5, 5)
     return elu_net(agent.phi, x)
 
 
@@ -203,7 +203,7 @@ def test_line_5_the_targets_are_those_of_ppo_with_the_sum_of_both_rewards():
         batch = agent.targets(rollout)
         rows = torch.cat(obs_seen)  # also those of this rollout
         torch.testing.assert_close(agent.obs_moments.mean.float(), rows.mean(0))
-        torch.testing.assert_close(agent.obs_moments.var.float(), rows.var(0, correction=0))
+        torch.testing.assert_close(agent.obs_moments.std.float(), rows.std(0, correction=0))
         with torch.no_grad():
             losses = agent.icm_losses(rollout.obs[:-1].flatten(0, 1), rollout.a.flatten(0, 1), obs_seen[-1])
             v = agent.value(rollout.obs).squeeze(-1).numpy()

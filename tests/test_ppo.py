@@ -496,7 +496,7 @@ def test_running_moments_are_those_of_all_rows():
     for part in rows.split([10, 200, 90]):
         moments.update(part)
     torch.testing.assert_close(moments.mean, rows.double().mean(0))
-    torch.testing.assert_close(moments.var, rows.double().var(0, correction=0))
+    torch.testing.assert_close(moments.std, rows.double().std(0, correction=0))
     torch.testing.assert_close(moments(rows), (rows - rows.mean(0)) / rows.std(0, correction=0))
     assert moments.count == 300
 
@@ -505,7 +505,7 @@ def test_running_moments_subtract_the_mean_first():
     moments, rows = ppo.RunningMoments(), 3000 + torch.randn(20_000)
     for part in rows.split(100):
         moments.update(part)
-    assert moments.var.sqrt().item() == pytest.approx(1, abs=0.03)
+    assert moments.std.item() == pytest.approx(1, abs=0.03)
     assert moments(rows).std().item() == pytest.approx(1, abs=0.03) and abs(moments(rows).mean()) < 1e-3
     constant = ppo.RunningMoments()
     constant.update(torch.full((9,), 1e6))
@@ -516,7 +516,7 @@ def test_rewards_of_3000_with_deviation_one_have_a_standard_deviation_of_one():
     scale, r = ppo.RewardScale(0.0), 3000 + torch.randn(500, 4)
     for _ in range(3):
         scale(r, torch.zeros(500, 4))
-    assert scale.var.sqrt().item() == pytest.approx(1, abs=0.05)
+    assert scale.std.item() == pytest.approx(1, abs=0.05)
 
 
 def test_rewards_are_divided_by_the_standard_deviation_of_discounted_returns():
@@ -575,7 +575,7 @@ def test_observations_are_normalised_by_what_came_before_which_is_saved_and_froz
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     torch.testing.assert_close(state["obs_moments"]["mean"].float(), past.mean(0), atol=1e-5, rtol=1e-5)
     assert state["obs_moments"]["count"] == 96, "the steps of training; evaluation has added none"
-    assert state["reward_scale"]["var"] != 1
+    assert state["reward_scale"]["std"] != 1
 
 
 def test_evaluation_uses_the_saved_normalisation(tmp_path, monkeypatch):
@@ -589,7 +589,7 @@ def test_evaluation_uses_the_saved_normalisation(tmp_path, monkeypatch):
     monkeypatch.setattr(ppo.PPO, "__init__", lambda self, *a: agents.append(self) or original(self, *a))
     train(tmp_path, env_id="Pendulum-v1", normalize_obs=True)
     obs, moments = torch.as_tensor(gym.make("Pendulum-v1").reset(seed=1)[0]), agents[0].obs_moments
-    mean = agents[0].policy.net((obs - moments.mean.float()) / moments.var.sqrt().float())
+    mean = agents[0].policy.net((obs - moments.mean.float()) / moments.std.float())
     np.testing.assert_allclose(asked[-1], mean.detach().clamp(-2, 2), rtol=1e-5)
 
 

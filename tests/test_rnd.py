@@ -158,7 +158,7 @@ def test_line_3_initial_random_steps_fill_the_normaliser_and_count_no_step(tmp_p
     seen, moments, original = [], [], rnd.RND.targets
 
     def targets(self, rollout):
-        moments.append((float(self.obs_moments.count), self.obs_moments.mean.clone(), self.obs_moments.var.clone()))
+        moments.append((float(self.obs_moments.count), self.obs_moments.mean.clone(), self.obs_moments.std.clone()))
         return original(self, rollout)
 
     def step(self, action, original=gym.vector.SyncVectorEnv.step):
@@ -171,10 +171,10 @@ def test_line_3_initial_random_steps_fill_the_normaliser_and_count_no_step(tmp_p
     result = train(tmp_path / "one", env_id="MountainCar-v0", init_rollouts=3, seed=4)
     assert result["steps"] == 64 and len(seen) == 3 * 16 + 2 * 16
     rows = np.concatenate([obs for _, obs in seen[:48]])
-    count, mean, var = moments[0]
+    count, mean, std = moments[0]
     assert count == 96
     np.testing.assert_allclose(mean, rows.mean(0), rtol=1e-6)
-    np.testing.assert_allclose(var, rows.var(0), rtol=1e-4)
+    np.testing.assert_allclose(std, rows.std(0), rtol=1e-4)
     actions = np.array([a for a, _ in seen[:48]])
     assert np.abs(np.bincount(actions.ravel(), minlength=3) / 96 - 1 / 3).max() < 0.15
     assert not (actions[:, 0] == actions[:, 1]).all()
