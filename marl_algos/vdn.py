@@ -37,7 +37,8 @@ follow each of their episodes. The team's reward is the mean or the sum of the a
 enter the sum as 0. A time limit is not a terminal state: line 14 still bootstraps.
 
 Result  simple_spread by the command above: -12.8 (-13.4 to -12.4, 3 seeds). The two-step game, with the settings of its
-        task in benchmark/tasks.py: 7 in 5 of 5 seeds, to which the sum's least-squares fit leads; 8 is the optimum
+        task in benchmark/tasks.py: 7 in 5 of 5 seeds, to which the sum's least-squares fit leads; 8 is the optimum.
+        Level-based foraging, 5x5-2p-1f, likewise: 1.00, the optimum, in 3 of 3 seeds
 """
 
 import contextlib
