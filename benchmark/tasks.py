@@ -1019,7 +1019,7 @@ TASKS = [  # the first task of a script is the one that README shows
         "iql__lbf",
         "marl_algos/iql.py",
         """--env-id envs.lbf --env-kwargs '{"task": "Foraging-5x5-2p-1f-v3"}' --reward-mode sum """
-        "--total-timesteps 200000",
+        "--total-timesteps 100000 --eval-every 10000",
         0.9,
         "1 is the best, random play gets 0.48",
         unit="per team",
