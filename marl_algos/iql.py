@@ -91,7 +91,7 @@ class Args:
     gamma: float = 0.9
     """discount factor, γ of line 12"""
     td_lambda: float = 0.0
-    """λ of line 12; 0 for the paper's one-step targets"""
+    """λ of line 12; 0 for one-step targets"""
     learning_rate: float = 1e-3
     """learning rate of Adam at the start"""
     anneal: bool = True
