@@ -37,8 +37,8 @@ updates follow each of their episodes. A time limit is not a terminal state: lin
 agent ends its own episode, even if the reward is the team's; a dead agent has weight 0 in line 13.
 
 Result  simple_spread by the command above: -14.1 (-14.9 to -13.1, 3 seeds); with λ = 0.8 -15.8 (one seed). The two-step
-        game, with the settings of its task in benchmark/tasks.py: 7 in 5 of 5 seeds, where independent agents end; 8 is the
-        optimum
+        game, with the settings of its task in benchmark/tasks.py: 7 in 5 of 5 seeds, where independent agents end; 8
+        is the optimum
 """
 
 import contextlib
