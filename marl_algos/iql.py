@@ -38,7 +38,7 @@ agent ends its own episode, even if the reward is the team's; a dead agent has w
 
 Result  simple_spread by the command above: -14.1 (-14.9 to -13.1, 3 seeds); with λ = 0.8 -15.8 (one seed). The two-step
         game, with the settings of its task in benchmark/tasks.py: 7 in 5 of 5 seeds, where independent agents end; 8
-        is the optimum
+        is the optimum. Level-based foraging, 5x5-2p-1f, likewise: 1.00, the optimum, in 3 of 3 seeds
 """
 
 import contextlib
