@@ -59,7 +59,7 @@ class Comparison:
     skip: int = 0
     """its first steps that are not measured, those before its first update for instance"""
     device: str = "cpu"
-    """cuda for updates on a GPU, in seconds of the clock on the wall; left out if there is none"""
+    """cuda for updates on a GPU, in wall-clock seconds; left out if there is no GPU"""
 
 
 HALF_CHEETAH = dict(learning_rate=3e-4, batch_size=256, learning_starts=1_000, policy_kwargs={"net_arch": [256, 256]})
@@ -388,7 +388,7 @@ def dreamer_batch(batch_size: int, length: int) -> dict:
 
 
 def clock(device: str) -> float:
-    """CPU seconds of this process; for a GPU the seconds of the clock on the wall, once it has done all its work."""
+    """CPU seconds of this process; for a GPU wall-clock seconds, after all its queued work is done."""
     if device == "cpu":
         return time.process_time()
     torch.cuda.synchronize()
@@ -396,7 +396,7 @@ def clock(device: str) -> float:
 
 
 def seconds_of(update, count: int, device: str) -> float:
-    """Seconds of so many updates, after some that are not measured: on a GPU the compiled ones are recorded in them."""
+    """Seconds of so many updates after some that are not measured, in which CUDA graphs are recorded."""
     for _ in range(1 if device == "cpu" else 5):
         update()
     start = clock(device)
