@@ -32,9 +32,9 @@ Beyond the papers: the agents share θ, and its input holds the agent's index i 
 of tables (Tan) or convolutions (Tampuu et al.). As in qmix.py: line 12's recursion computes λ-returns of whole
 episodes, the learning rate of Adam is annealed linearly to 0, and γ = 0.9. λ = 0 gives the papers' one-step targets,
 and is the default, unlike in qmix.py: λ-returns contain more of what the others did when the episode was played.
-Several copies of the environment run in parallel, and `updates`
-updates follow each of their episodes. A time limit is not a terminal state: line 12 still bootstraps. The death of an
-agent ends its own episode, even if the reward is the team's; a dead agent has weight 0 in line 13.
+Several copies of the environment run in parallel, and `updates` updates follow each of their episodes. A time limit is
+not a terminal state: line 12 still bootstraps. The death of an agent ends its own episode, even if the reward is the
+team's; a dead agent has weight 0 in line 13.
 
 Result  simple_spread by the command above: -14.1 (-14.9 to -13.1, 3 seeds). The two-step game, with the settings of its
         task in benchmark/tasks.py: 7 in 5 of 5 seeds, where independent agents end; 8 is the optimum. Level-based
