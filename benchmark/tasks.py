@@ -999,7 +999,7 @@ TASKS = [  # the first task of a script is the one that README shows
     Task(
         "iql__simple_spread",
         "marl_algos/iql.py",
-        "--env-id mpe2.simple_spread_v3",
+        "--env-id mpe2.simple_spread_v3 --learning-rate 2e-3",
         -14,
         "between random play, -27, and a script, -9.3, both measured per agent",
         unit="per agent",

@@ -7,7 +7,7 @@
 Paper   Tan, 1993. https://web.media.mit.edu/~cynthiab/Readings/tan-MAS-reinfLearn.pdf
         Tampuu et al., 2015. https://arxiv.org/abs/1511.08779
 Notes   "IQL (1993, 2015)", without pictures; pics/dqn1.png is the loop for one agent
-Run     python marl_algos/iql.py --env-id mpe2.simple_spread_v3
+Run     python marl_algos/iql.py --env-id mpe2.simple_spread_v3 --learning-rate 2e-3
 
      1  initialise the agents' network θ, target θ⁻ ← θ, empty replay buffer D of episodes
      2  repeat
@@ -36,7 +36,7 @@ Several copies of the environment run in parallel, and `updates` updates follow 
 not a terminal state: line 12 still bootstraps. The death of an agent ends its own episode, even if the reward is the
 team's; a dead agent has weight 0 in line 13.
 
-Result  simple_spread by the command above: -14.1 (-14.9 to -13.1, 3 seeds). The two-step game, with the settings of its
+Result  simple_spread by the command above: -13.0 (-13.3 to -12.4, 3 seeds). The two-step game, with the settings of its
         task in benchmark/tasks.py: 7 in 5 of 5 seeds, where independent agents end; 8 is the optimum. Level-based
         foraging, 5x5-2p-1f, likewise: 1.00, the optimum, in 3 of 3 seeds
 """

@@ -37,8 +37,8 @@ of s in the mixing network (`--no-normalize-state` leaves it out). Several copie
 and `updates` updates follow each of their episodes. The team's reward is the mean or the sum of the agents' rewards. A
 time limit is not a terminal state: line 14 still bootstraps.
 
-Result  simple_spread by the command above: -12.1 (two seeds). The two-step game, with the settings of its task in
-        benchmark/tasks.py: 7 in 5 of 5 seeds, where a mixture that is linear in the Q_i ends; 8 is the optimum
+Result  simple_spread by the command above: -11.9 (-12.3 to -11.5, 3 seeds). The two-step game, with the settings of its
+        task in benchmark/tasks.py: 7 in 5 of 5 seeds, where a mixture that is linear in the Q_i ends; 8 is the optimum
 """
 
 import contextlib

@@ -47,8 +47,8 @@ copies of the environment run in parallel, and `updates` updates follow each of 
 mean or the sum of the agents' rewards. Dead agents are in no coalition, and their Q_i enter the sums as 0. A time limit
 is not a terminal state: line 29a still bootstraps.
 
-Result  simple_spread by the command above: -12.6 (two seeds). The two-step game, with the settings of its task in
-        benchmark/tasks.py: 8, the optimum, in 5 of 5 seeds; a sum of the agents' values ends at 7
+Result  simple_spread by the command above: -12.5 (-13.2 to -12.1, 3 seeds). The two-step game, with the settings of its
+        task in benchmark/tasks.py: 8, the optimum, in 5 of 5 seeds; a sum of the agents' values ends at 7
 """
 
 import contextlib
