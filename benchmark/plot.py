@@ -160,7 +160,7 @@ def panel(axes, out: Outcome, small: bool = False):
         name = "95 % interval" if many else "least to greatest"
         axes.fill_between(common, low, high, color="C0", alpha=0.2, linewidth=0, label=name)
         axes.plot(common, mean, color="C0", label="interquartile mean" if many else "mean")
-    name = "published figure" if task.record else "threshold"
+    name = "reference" if task.record else "threshold"
     axes.axhline(task.threshold, color="C3", linestyle="--", linewidth=1, label=f"{name} {task.threshold:g}")
     if task.lowest is not None and min(curve[:, 1].min() for curve in points) < task.lowest:
         axes.yaxis.set_major_formatter(lambda y, _: f"≤ {y:g}" if y == task.lowest else f"{y:g}")
@@ -225,8 +225,8 @@ Written by `python benchmark/plot.py` from the curves in [results/](results), wh
 - The **result** is the mean of the scores; from 5 seeds on it is their interquartile mean, with a 95 % bootstrap
   interval in brackets. The least and the greatest score follow in parentheses.
 - A task is **passed** if the result reaches the threshold and at least two thirds of the seeds do, **partly** passed if
-  only one of both holds, else **failed**. A **record** shows how far a run came whose published figure takes more steps
-  than its budget has; it has no verdict.
+  only one of both holds, else **failed**. A **record** has no verdict: the figure beside it is a reference, published
+  for more steps than the run had, or that of another method, or a mark of our own.
 - The time is that of one seed, the median, on one core of a shared machine.
 
 """

@@ -19,7 +19,7 @@ class Task:
     args: str
     """its command line, without --seed and --run-dir"""
     threshold: float
-    """the score to reach; of a record, the published figure"""
+    """the score to reach; of a record, a reference"""
     source: str
     """the source of the threshold: who reports it, their figure, after how many steps"""
     seeds: int = 3
@@ -29,7 +29,7 @@ class Task:
     unit: str = "per episode"
     """unit of the return: per episode, per agent, per team, …"""
     record: bool = False
-    """not a task but a record of how far a run came: the published figure cannot be reached within its budget"""
+    """not a task but a record of how far a run came, which has no verdict"""
     note: str = ""
     """a sentence for the reader of the results; of a record, why it is one"""
     lowest: float | None = None

@@ -575,7 +575,7 @@ def test_curves_name_their_lines_their_unit_and_thousands_of_steps(folders):
         assert labels(figure) == (["one seed"] if seed == 1 else ["each seed", band, line]) + ["threshold 5"]
     assert figure.axes[0].get_ylabel() == "return per agent"
     record = plot.outcome(dataclasses.replace(task, record=True))
-    assert labels(plot.draw_curve(record))[-1] == "published figure 5"
+    assert labels(plot.draw_curve(record))[-1] == "reference 5"
     assert [plot.steps(x) for x in (0, 300, 50_000, 1_500, 1_000_000)] == ["0", "300", "50k", "1.5k", "1M"]
     assert figure.axes[0].xaxis.get_major_formatter()(50_000, None) == "50k"
 
