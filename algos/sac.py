@@ -35,7 +35,7 @@ authors' code, log σ is clamped to [-20, 2], and evaluation takes ξ = 0. The b
 `diff algos/td3.py algos/sac.py`.
 
 Result  HalfCheetah-v4 after 50k steps: 2667 (2273 to 3047, 3 seeds, means of the last three evaluations) by the command
-        above. Other environments: benchmark/RESULTS.md
+        above; after 1M steps: 10409 (one seed). Other environments: benchmark/RESULTS.md
 """
 
 import contextlib
