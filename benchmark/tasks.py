@@ -987,6 +987,16 @@ TASKS = [  # the first task of a script is the one that README shows
         unit="per team",
     ),
     Task(
+        "vdn__qtran",
+        "marl_algos/vdn.py",
+        """--env-id envs.matrix_games --env-kwargs '{"game": "qtran"}' --total-timesteps 10000 --epsilon-end 1.0 """
+        "--learning-rate 0.0005 --no-anneal --updates 1 --eval-every 1000 --eval-episodes 1",
+        0,
+        "Son et al. (2019): a sum ends at 0, though 8 is the optimum",
+        seeds=5,
+        unit="per team",
+    ),
+    Task(
         "vdn__lbf",
         "marl_algos/vdn.py",
         """--env-id envs.lbf --env-kwargs '{"task": "Foraging-5x5-2p-1f-v3"}' --reward-mode sum """

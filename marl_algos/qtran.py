@@ -39,8 +39,8 @@ paper's target), Adam with a learning rate that is annealed linearly to 0, gradi
 Several copies of the environment run in parallel, and `updates` updates follow each of their episodes. The team's
 reward is the mean or the sum of the agents' rewards. A time limit is not a terminal state: line 12 still bootstraps.
 
-Result  simple_spread by the command above: -16.2 (one seed). The paper's game of qtran_toy_example.png, with the
-        settings of its tasks: 8, the optimum, in 5 of 5 seeds by both variants; QMIX and VDN end at 0
+Result  simple_spread by the command above: -16.2 (one seed). The paper's game of qtran_toy_example.png, by its tasks in
+        benchmark/tasks.py: 8, the optimum, in 5 of 5 seeds by both variants; QMIX and VDN end at 0
 """
 
 import contextlib
